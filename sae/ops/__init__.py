@@ -1,0 +1,1 @@
+"""Pure tensor functions: sparse encode and decode with their gradients, metrics, pursuit."""

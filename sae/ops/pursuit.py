@@ -1,0 +1,134 @@
+"""Codes with at most k entries a row on given atoms: non-negative pursuit, and the k largest latents."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from sae.errors import InputError
+from sae.ops.sparse import SparseLatents
+
+# Rows pursued together: bounds memory at _CHUNK * (3 n_latents + 2 k²) float64 numbers.
+_CHUNK = 512
+# A correlation below this share of |x| counts as none: what is left of x is rounding.
+_FLOOR = 1e-6
+# Added to the diagonal of the small systems, so that two all but equal atoms stay solvable.
+_RIDGE = 1e-10
+
+
+@torch.no_grad()
+def nonnegative_pursuit(
+    x: Float[Tensor, "rows d_model"], atoms: Float[Tensor, "n_latents d_model"], k: int
+) -> SparseLatents:
+    """Non-negative orthogonal matching pursuit: at most k atoms a row, with coefficients > 0.
+
+    Each of k rounds chooses the atom with the largest positive correlation with the residual, then
+    refits all chosen coefficients by non-negative least squares. An atom stays chosen: the refit may
+    set its coefficient to zero and a later one may raise it again, so a row has k active atoms or
+    fewer. A row stops early when no atom correlates with what is left. Everything happens in
+    float64 on the Gram matrix of the atoms and on x atomsᵀ, never on tensors of (rows k, d_model).
+
+    Args:
+        x: Rows, already centred.
+        atoms: Unit rows.
+        k: The most atoms a row may use.
+
+    References:
+        "On the Uniqueness of Nonnegative Sparse Solutions to Underdetermined Systems of Equations",
+        Bruckstein, Elad & Zibulevsky, 2008 (the pursuit). "Solving Least Squares Problems", Lawson &
+        Hanson, 1974, chapter 23 (the refit, here for many rows at once).
+    """
+    _check_k(k, len(atoms))
+    exact = atoms.double()
+    gram = exact @ exact.T
+    parts = [_pursue(rows.double(), exact, gram, k) for rows in x.split(_CHUNK)]
+    values, indices = (torch.cat(side) for side in zip(*parts, strict=True))
+    return _without_zeros(values.to(atoms.dtype), indices)
+
+
+@torch.no_grad()
+def largest_codes(latents: Float[Tensor, "rows n_latents"], k: int) -> SparseLatents:
+    """The k latents largest in magnitude in every row, signs kept; zeros are left out."""
+    _check_k(k, latents.shape[1])
+    indices = latents.abs().topk(k, dim=1).indices
+    return _without_zeros(latents.gather(1, indices), indices)
+
+
+def _pursue(x: Tensor, atoms: Tensor, gram: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Coefficients and atoms of every row, (rows, k) each; slots never filled hold zero."""
+    correlations = x @ atoms.T
+    floor = _FLOOR * x.norm(dim=1)
+    values = x.new_zeros(len(x), k)
+    chosen = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
+    live = torch.arange(len(x), device=x.device)
+    residual = correlations
+    for size in range(1, k + 1):
+        best, atom = residual.max(dim=1)
+        going = best > floor[live]
+        live, atom = live[going], atom[going]
+        if len(live) == 0:
+            break
+        chosen[live, size - 1] = atom
+        slots = chosen[live, :size]
+        target = correlations[live]
+        small_gram = gram[slots[:, :, None], slots[:, None, :]]
+        refitted = _refit(small_gram, target.gather(1, slots), values[live, :size])
+        values[live, :size] = refitted
+        explained = F.embedding_bag(slots, gram, per_sample_weights=refitted, mode="sum")
+        residual = target.sub_(explained).scatter_(1, slots, -torch.inf)
+    return values, chosen
+
+
+def _refit(gram: Tensor, target: Tensor, start: Tensor) -> Tensor:
+    """Non-negative least squares in every row by active sets (Lawson & Hanson), the last slot new.
+
+    gram (rows, size, size), target and start (rows, size). Rows leave the loop as they are solved: nearly
+    all after one solution, because all coefficients come out positive.
+    """
+    size = target.shape[1]
+    gram.diagonal(dim1=1, dim2=2).add_(_RIDGE)
+    values = start.clone()
+    free = start > 0
+    free[:, -1] = True
+    todo = torch.arange(len(target), device=target.device)
+    for _ in range(3 * size):
+        system, aim, now, open_ = gram[todo], target[todo], values[todo], free[todo]
+        solution = _solve_free(system, aim, open_)
+        blocked = open_ & (solution <= 0)
+        stuck = blocked.any(dim=1)
+        # Go from the last feasible point towards the solution, as far as every coefficient stays positive.
+        share = torch.where(blocked, now / (now - solution), torch.inf).min(dim=1, keepdim=True).values
+        moved = torch.where(stuck[:, None], now + share.clamp(max=1) * (solution - now), solution)
+        moved = torch.where(blocked & (moved <= 1e-12 * now.amax(1, keepdim=True)), 0, moved).clamp_(min=0)
+        open_ = open_ & ((moved > 0) | ~stuck[:, None])
+        # A solved row may still gain from a slot that was put to zero before.
+        slope = aim - (system @ moved[:, :, None]).squeeze(2)
+        gain, slot = slope.masked_fill(open_, -torch.inf).max(dim=1)
+        reopen = ~stuck & (gain > _FLOOR * aim.abs().amax(dim=1))
+        open_[reopen, slot[reopen]] = True
+        values[todo], free[todo] = moved, open_
+        todo = todo[stuck | reopen]
+        if len(todo) == 0:
+            break
+    return values
+
+
+def _solve_free(gram: Tensor, target: Tensor, free: Tensor) -> Tensor:
+    """Least squares over the free slots of every row; zero in the others."""
+    both = free[:, :, None] & free[:, None, :]
+    system = torch.where(both, gram, torch.eye(free.shape[1], dtype=gram.dtype, device=gram.device))
+    factor, _ = torch.linalg.cholesky_ex(system)
+    return torch.cholesky_solve((target * free)[:, :, None], factor).squeeze(2)
+
+
+def _without_zeros(values: Tensor, indices: Tensor) -> SparseLatents:
+    """CSR of (rows, k) values and their latents."""
+    kept = values != 0
+    return SparseLatents(values[kept], indices[kept], F.pad(kept.sum(1).cumsum(0), (1, 0)))
+
+
+def _check_k(k: int, n_latents: int) -> None:
+    if not 1 <= k <= n_latents:
+        raise InputError(f"`k` must be in [1, n_latents={n_latents}], got k={k}; lower k or raise n_latents.")

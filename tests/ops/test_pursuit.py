@@ -1,0 +1,106 @@
+"""Pursuit against a loop over rows with scipy, on planted codes, and at its edges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+from sae.errors import InputError
+from sae.ops.pursuit import largest_codes, nonnegative_pursuit
+
+
+def _atoms(n: int, d: int, seed: int = 0) -> Tensor:
+    atoms = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return atoms / atoms.norm(dim=1, keepdim=True)
+
+
+def _one_row_at_a_time(x: np.ndarray, atoms: np.ndarray, k: int) -> np.ndarray:
+    codes = np.zeros((len(x), len(atoms)))
+    for row, code in zip(x, codes, strict=True):
+        chosen: list[int] = []
+        for _ in range(k):
+            correlations = atoms @ (row - code @ atoms)
+            correlations[chosen] = -np.inf
+            if correlations.max() <= 1e-6 * np.linalg.norm(row):
+                break
+            chosen.append(int(correlations.argmax()))
+            code[chosen] = nnls(atoms[chosen].T, row)[0]
+    return codes
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(40, 10, 8), (16, 16, 16), (30, 20, 15)])
+def test_pursuit_equals_a_loop_over_rows(n: int, d: int, k: int) -> None:
+    atoms = _atoms(n, d)
+    x = torch.randn(300, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3
+    codes = nonnegative_pursuit(x, atoms, k).to_dense(n)
+    reference = _one_row_at_a_time(x.numpy(), atoms.numpy(), k)
+    assert ((reference > 0).sum(1) < k).any(), "some refits must put a coefficient to zero"
+    np.testing.assert_allclose(codes.numpy(), reference, atol=1e-6)
+
+
+def test_pursuit_finds_planted_codes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    atoms = _atoms(80, 64)
+    planted = torch.zeros(200, 80, dtype=torch.float64)
+    for row in planted:
+        row[torch.randperm(80, generator=generator)[:4]] = torch.rand(4, generator=generator).double() + 0.5
+    found = nonnegative_pursuit(planted @ atoms, atoms, 8).to_dense(80)
+    exact = (found - planted).abs().amax(1) < 1e-6
+    assert exact.float().mean() > 0.9
+
+
+def test_pursuit_of_orthogonal_atoms_is_the_k_largest_positive() -> None:
+    x = torch.tensor([[3.0, -9.0, 1.0, 2.0], [-1.0, -2.0, 0.5, -3.0], [0.0, 0.0, 0.0, 0.0]])
+    code = nonnegative_pursuit(x, torch.eye(4), 2)
+    torch.testing.assert_close(
+        code.to_dense(4), torch.tensor([[3.0, 0, 0, 2.0], [0, 0, 0.5, 0], [0, 0, 0, 0]])
+    )
+    assert code.row_offsets.tolist() == [0, 2, 3, 3]
+    assert code.values.dtype == torch.float32
+
+
+def test_pursuit_error_never_grows_with_k() -> None:
+    atoms = _atoms(30, 10)
+    x = torch.randn(50, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    errors = [
+        (x - nonnegative_pursuit(x, atoms, k).to_dense(30) @ atoms).norm(dim=1) for k in (1, 2, 4, 8, 16, 30)
+    ]
+    for larger, smaller in zip(errors, errors[1:], strict=False):
+        assert (smaller <= larger + 1e-9).all()
+
+
+def test_pursuit_survives_equal_atoms() -> None:
+    atoms = _atoms(6, 4).repeat_interleave(2, dim=0).float()
+    x = torch.randn(700, 4, generator=torch.Generator().manual_seed(1))
+    code = nonnegative_pursuit(x, atoms, 12)
+    assert (code.values > 0).all() and code.values.max() < 10 * x.norm(dim=1).max()
+
+
+def test_pursuit_does_not_depend_on_the_other_rows() -> None:
+    atoms = _atoms(20, 8)
+    x = torch.randn(1300, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = nonnegative_pursuit(x, atoms, 5).to_dense(20)
+    torch.testing.assert_close(whole[1000:1010], nonnegative_pursuit(x[1000:1010], atoms, 5).to_dense(20))
+
+
+def test_pursuit_of_no_rows_is_empty() -> None:
+    code = nonnegative_pursuit(torch.empty(0, 4), torch.eye(4), 2)
+    assert code.n_rows == 0 and len(code.values) == 0
+
+
+def test_largest_codes_keep_signs_and_drop_zeros() -> None:
+    code = largest_codes(torch.tensor([[1.0, -3.0, 2.0, 0.0], [0.0, 0.0, -0.5, 0.0]]), 2)
+    torch.testing.assert_close(code.to_dense(4), torch.tensor([[0, -3.0, 2.0, 0], [0, 0, -0.5, 0]]))
+    assert code.row_offsets.tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("k", [0, -1, 5])
+def test_k_outside_the_latents_raises(k: int) -> None:
+    message = rf"`k` must be in \[1, n_latents=4\], got k={k}"
+    with pytest.raises(InputError, match=message):
+        nonnegative_pursuit(torch.ones(1, 4), torch.eye(4), k)
+    with pytest.raises(InputError, match=message):
+        largest_codes(torch.ones(1, 4), k)

@@ -1,0 +1,144 @@
+"""What every dictionary must do, trained or fitted."""
+
+import pytest
+import torch
+
+import sae
+from sae.dictionaries import Dictionary, SparseAutoencoder
+from sae.errors import InputError
+from sae.ops.moments import StreamingMoments
+
+D, N, K = 12, 24, 4
+
+
+def _rows(n=200):
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(D, D, generator=generator)
+    return torch.randn(n, D, generator=generator) @ mixing * 3 + 5
+
+
+def _moments(rows):
+    streaming = StreamingMoments()
+    streaming.add(rows)
+    return streaming.moments()
+
+
+def _autoencoder(kind):
+    torch.manual_seed(0)
+    dictionary = kind(D, N, K)
+    moments = _moments(_rows())
+    dictionary.set_input_statistics(moments.mean, moments.mean_squared_norm)
+    with torch.no_grad():
+        dictionary.b_enc.normal_(std=0.1)
+        dictionary.b_dec.normal_(std=0.1)
+    return dictionary
+
+
+def _fitted(baseline):
+    return baseline.fit([_rows()], _moments(_rows()))
+
+
+MAKERS = {
+    "TopK": lambda: _autoencoder(sae.TopK),
+    "PCA": lambda: _fitted(sae.PCA(D)),
+    "NMF": lambda: _fitted(sae.NMF(D, D)),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def dictionary(request):
+    return MAKERS[request.param]()
+
+
+def test_laws_cover_every_kind():
+    assert set(MAKERS) == set(Dictionary.kinds)
+
+
+def test_encode_decode_keep_leading_axes(dictionary):
+    x = _rows(6).reshape(2, 3, D)
+    latents = dictionary.encode(x)
+    assert latents.shape == (2, 3, dictionary.n_latents)
+    assert dictionary.decode(latents).shape == x.shape
+    assert dictionary(x).x_hat.shape == x.shape
+    torch.testing.assert_close(latents[1, 2], dictionary.encode(x[1, 2]), rtol=1e-4, atol=1e-4)
+
+
+def test_sparse_code_equals_dense_code(dictionary):
+    x = _rows(20)
+    dense, sparse = dictionary.encode(x), dictionary.encode_sparse(x)
+    torch.testing.assert_close(sparse.to_dense(dictionary.n_latents), dense)
+    assert (sparse.values != 0).all()
+    torch.testing.assert_close(
+        dictionary.decode_sparse(sparse), dictionary.decode(dense), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_forward_is_decode_of_encode(dictionary):
+    x = _rows(20)
+    torch.testing.assert_close(
+        dictionary(x).x_hat, dictionary.decode(dictionary.encode(x)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_directions_are_unit_rows(dictionary):
+    assert dictionary.directions.shape == (dictionary.n_latents, D)
+    torch.testing.assert_close(dictionary.directions.norm(dim=1), torch.ones(dictionary.n_latents))
+
+
+def test_decode_is_linear_along_the_directions(dictionary):
+    one = torch.zeros(dictionary.n_latents)
+    one[1] = 2.0
+    step = dictionary.decode(one) - dictionary.decode(torch.zeros(dictionary.n_latents))
+    torch.testing.assert_close(step, 2.0 * dictionary.directions[1], rtol=1e-4, atol=1e-4)
+
+
+def test_saved_and_loaded_dictionary_computes_the_same(dictionary, tmp_path):
+    sae.save(dictionary, tmp_path / "dictionary", hookpoint="resid.2", model="demo")
+    for folder in (tmp_path, tmp_path / "dictionary"):
+        loaded = sae.load(folder)
+        assert type(loaded) is type(dictionary) and loaded.config == dictionary.config
+        x = _rows(50)
+        torch.testing.assert_close(loaded.encode(x), dictionary.encode(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(loaded(x).x_hat, dictionary(x).x_hat, rtol=1e-3, atol=1e-3)
+
+
+def test_saved_form_needs_one_product_and_the_stated_rule(dictionary):
+    tensors = dictionary.saved_tensors()
+    torch.testing.assert_close(tensors["W_dec"].norm(dim=1), torch.ones(dictionary.n_latents))
+    if isinstance(dictionary, SparseAutoencoder):
+        x = _rows(30)
+        pre_acts = x @ tensors["W_enc"] + tensors["b_enc"]
+        latents = torch.zeros_like(pre_acts).scatter(
+            1, pre_acts.topk(K).indices, pre_acts.topk(K).values.relu()
+        )
+        torch.testing.assert_close(latents, dictionary.encode(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            latents @ tensors["W_dec"] + tensors["b_dec"], dictionary(x).x_hat, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_d_model_is_the_first_argument_of_every_kind():
+    for kind in Dictionary.kinds.values():
+        assert (
+            list(
+                kind(
+                    D,
+                    **(
+                        {}
+                        if kind.__name__ == "PCA"
+                        else {"n_latents": N} | ({"k": K} if issubclass(kind, SparseAutoencoder) else {})
+                    ),
+                ).config
+            )[0]
+            == "d_model"
+        )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_no_latents_or_no_width_is_an_error(name):
+    kind = Dictionary.kinds[name]
+    extra = {"k": 1} if issubclass(kind, SparseAutoencoder) else {}
+    with pytest.raises(InputError, match="`n_latents` must be"):
+        kind(D, n_latents=0, **extra)
+    with pytest.raises(InputError, match="`d_model` must be"):
+        kind(0, n_latents=4, **extra)

@@ -1,0 +1,196 @@
+"""Loading a transformers model and finding its parts through its module structure."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from sae.errors import InputError
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+
+
+class LanguageModel(NamedTuple):
+    """A model and its tokenizer, in evaluation mode, without gradients."""
+
+    name: str
+    """The id or folder it was asked for by, or `demo`."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_language_model(name: str, device: str | torch.device = "cpu") -> LanguageModel:
+    """Loads `demo`, a local folder or a Hugging Face id.
+
+    The class follows the configuration: causal where it is a causal model, masked-LM where it is an
+    encoder, bare otherwise. Weights keep the dtype they were saved in.
+
+    Raises:
+        InputError: if the model or its tokenizer cannot be loaded; the message says what to try.
+    """
+    source = str(DEMO_MODEL) if name == "demo" else name
+    try:
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(source)
+            model = _model_class(config).from_pretrained(source, config=config, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"`model` {name!r} could not be loaded: {_first_line(error)} Give `demo`, a folder with a"
+            " transformers model and its tokenizer, or a Hugging Face id (which needs network)."
+        ) from error
+    return LanguageModel(name, model.requires_grad_(False).eval().to(device), tokenizer)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of all parameters, names included: two models with equal hashes compute the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of transformer blocks and its dotted name.
+
+    It is the outermost `ModuleList` as long as the configuration's number of layers, whatever the
+    architecture calls it.
+
+    Raises:
+        InputError: if there is none, or the model is an encoder-decoder.
+    """
+    text_config = model.config.get_text_config()
+    n_layers = getattr(text_config, "num_hidden_layers", None)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{type(model).__name__} is an encoder-decoder; decoders and encoders are supported."
+        )
+    candidates = [
+        (name.count("."), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    if not candidates:
+        raise InputError(
+            f"{type(model).__name__} has no list of {n_layers} blocks; only transformers whose blocks lie"
+            " in one ModuleList are supported."
+        )
+    _, name, blocks = min(candidates, key=lambda candidate: candidate[0])
+    return name, blocks
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm between the last block and the unembedding, or None if there is none.
+
+    Found as the module beside the blocks, registered after them, that has a gain of width d_model and
+    no matrix.
+    """
+    name, _ = find_blocks(model)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    children = list(parent.named_children())
+    after = [module for _, module in children[[n for n, _ in children].index(name.rpartition(".")[2]) + 1 :]]
+    width = model.config.get_text_config().hidden_size
+    for module in after:
+        shapes = [tuple(p.shape) for p in module.parameters()]
+        if shapes and all(shape == (width,) for shape in shapes):
+            return module
+    return None
+
+
+def norm_gain(norm: nn.Module, d_model: int) -> Float[Tensor, " d_model"]:
+    """The per-coordinate gain of a layer norm or RMS norm, measured rather than read.
+
+    A vector of +1 and -1 in equal number is its own normalisation under both; so the gain is half the
+    difference of the outputs at it and at its negative, over it. This holds for gains stored as
+    weight or as 1 + weight alike.
+    """
+    probe = torch.ones(d_model)
+    probe[::2] = -1.0
+    parameter = next(norm.parameters())
+    x = torch.stack([probe, -probe]).to(parameter)
+    with torch.no_grad():
+        plus, minus = norm(x).float().cpu()
+    return (plus - minus) / 2 * probe
+
+
+def unembedding(language_model: LanguageModel) -> Float[Tensor, "vocabulary d_model"] | None:
+    """W_U with the final norm's gain folded in and the vocabulary's mean row removed; float32.
+
+    None for models without a causal head: an encoder's head is not a linear map of the residual.
+    """
+    model = language_model.model
+    head = model.get_output_embeddings()
+    if head is None or type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return None
+    W_U = head.weight.detach().float().cpu()
+    norm = final_norm(model)
+    if norm is not None:
+        W_U = W_U * norm_gain(norm, W_U.shape[1])
+    return W_U - W_U.mean(0)
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token put before every document: begin of sequence, else end, else separator or class.
+
+    Raises:
+        InputError: if the tokenizer has none of them.
+    """
+    for kind in ("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"):
+        token_id = getattr(tokenizer, kind, None)
+        if token_id is not None:
+            return int(token_id)
+    raise InputError("the tokenizer has no begin, end, separator or class token to put between documents.")
+
+
+def _model_class(config: Any) -> Any:
+    """The auto class of the head that the saved weights have; bare models get no random head."""
+    saved_as = config.architectures or []
+    for names, auto_class in (
+        (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
+        (MODEL_FOR_MASKED_LM_MAPPING_NAMES, AutoModelForMaskedLM),
+    ):
+        if set(saved_as) & set(names.values()):
+            return auto_class
+    return AutoModel
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith(".") else line + "."
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hides transformers' own progress bars and advice while loading; errors still raise."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,107 @@
+"""Loading, and the unembedding with the final norm folded in."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from sae.activations.hookpoints import residuals
+from sae.activations.language_model import (
+    LanguageModel,
+    final_norm,
+    load_language_model,
+    norm_gain,
+    separator_id,
+    unembedding,
+    weights_hash,
+)
+from sae.errors import InputError
+
+GATED = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+CAUSAL = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED)),
+    "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**GATED)),
+}
+
+
+@pytest.fixture(params=CAUSAL)
+def model(request):
+    model = CAUSAL[request.param]().eval().requires_grad_(False)
+    for parameter in final_norm(model).parameters():
+        nn.init.uniform_(parameter, 0.5, 2.0)
+    return model
+
+
+def test_unembedding_gives_the_models_own_logits_up_to_a_constant(model, byte_tokenizer):
+    """Folding is exact: normalised residual @ W_U.T differs from the logits by one number per row."""
+    ids = torch.randint(50, (2, 7))
+    x = residuals(model, ids, ["resid.2"])["resid.2"]
+    norm = final_norm(model)
+    bias = norm(torch.zeros(1, 16)).squeeze()  # of layer norms; zero for RMS norms
+    gain = norm_gain(norm, 16)
+    normalised = (norm(x) - bias) / gain
+    logits = model(input_ids=ids).logits - model.get_output_embeddings()(bias)
+    ours = normalised @ unembedding(LanguageModel("m", model, byte_tokenizer)).T
+    torch.testing.assert_close(ours, logits - logits.mean(-1, keepdim=True), rtol=1e-3, atol=1e-3)
+
+
+def test_norm_gain_is_read_from_the_function_not_the_weight():
+    norm = transformers.models.gemma.modeling_gemma.GemmaRMSNorm(8)  # gain is 1 + weight
+    nn.init.constant_(norm.weight, 0.5)
+    torch.testing.assert_close(norm_gain(norm, 8), torch.full((8,), 1.5), rtol=1e-4, atol=1e-4)
+
+
+def test_encoder_has_no_unembedding(byte_tokenizer):
+    config = {k: v for k, v in GATED.items() if k not in ("num_key_value_heads", "head_dim")}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**config))
+    assert unembedding(LanguageModel("m", model, byte_tokenizer)) is None
+
+
+def test_loading_keeps_the_head_and_dtype_that_were_saved(tmp_path, byte_tokenizer):
+    saved = CAUSAL["llama"]().to(torch.bfloat16)
+    saved.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    loaded = load_language_model(str(tmp_path)).model
+    assert type(loaded) is type(saved) and loaded.dtype == torch.bfloat16 and not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert weights_hash(loaded) == weights_hash(saved)
+
+
+def test_a_bare_model_gets_no_random_head(tmp_path, byte_tokenizer):
+    CAUSAL["llama"]().model.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    assert load_language_model(str(tmp_path)).model.get_output_embeddings() is None
+
+
+def test_weights_hash_sees_one_changed_number():
+    model = CAUSAL["gpt2"]()
+    before = weights_hash(model)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-3
+    assert weights_hash(model) != before
+
+
+def test_model_that_cannot_be_loaded_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="`model` .* could not be loaded: .* Give `demo`"):
+        load_language_model(str(tmp_path / "nothing"))
+
+
+def test_separator_prefers_begin_of_sequence(byte_tokenizer):
+    assert separator_id(byte_tokenizer) == 256
+
+
+def test_tokenizer_without_special_tokens_is_an_error(byte_tokenizer):
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match="no begin, end, separator or class token"):
+        separator_id(bare)

@@ -1,0 +1,51 @@
+"""Which latents have stopped firing, counted in tokens."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from sae.ops.sparse import SparseLatents
+
+
+class DeadLatents(nn.Module):
+    """Counts tokens since each latent fired; a latent is dead after `dead_after_tokens` without.
+
+    The list of dead latents is refreshed every `refresh_every` steps, because its length has to be
+    known on the host: on a GPU that is the only wait of a quiet step. Both the counters and the list
+    are buffers, so a resumed run continues with the same ones.
+    """
+
+    tokens_since_fired: Tensor
+    dead: Tensor
+
+    def __init__(self, n_latents: int, dead_after_tokens: int, refresh_every: int = 10) -> None:
+        super().__init__()
+        self.dead_after_tokens = dead_after_tokens
+        self._refresh_every = refresh_every
+        self._ids: Tensor | None = None
+        self.register_buffer("tokens_since_fired", torch.zeros(n_latents, dtype=torch.int64))
+        self.register_buffer("dead", torch.zeros(n_latents, dtype=torch.bool))
+
+    @torch.no_grad()
+    def update(self, latents: SparseLatents, step: int) -> None:
+        """Counts a batch of codes as step `step`; entries equal to zero do not count as firing."""
+        self.tokens_since_fired += latents.n_rows
+        fired = torch.zeros_like(self.dead, dtype=latents.values.dtype)
+        fired = fired.scatter_reduce(0, latents.indices, latents.values.detach(), "amax")
+        self.tokens_since_fired.masked_fill_(fired > 0, 0)
+        if (step + 1) % self._refresh_every == 0:
+            self.dead.copy_(self.tokens_since_fired >= self.dead_after_tokens)
+            self._ids = None
+
+    @property
+    def ids(self) -> Int[Tensor, " dead"]:
+        """Latents that were dead at the last refresh."""
+        if self._ids is None:
+            self._ids = self.dead.nonzero().squeeze(1)
+        return self._ids
+
+    def fraction(self) -> Tensor:
+        """Share of latents dead now, as a tensor (no wait)."""
+        return (self.tokens_since_fired >= self.dead_after_tokens).float().mean()

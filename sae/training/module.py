@@ -1,0 +1,233 @@
+"""The LightningModule: one dictionary, its loss and its optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import lightning
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from sae.dictionaries import SparseAutoencoder
+from sae.errors import InputError
+from sae.ops.metrics import ReconstructionMetrics, ReconstructionScores
+from sae.ops.moments import Moments
+from sae.training.dead_latents import DeadLatents
+from sae.training.losses import auxk_loss, reconstruction_loss
+from sae.training.schedules import learning_rate_for_width, warmup_then_decay
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """A batch as the module needs it."""
+
+    x: Tensor
+    position: Tensor | None
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """What the module needs of a datamodule."""
+
+    batch_size: int
+
+    @property
+    def d_model(self) -> int:
+        """Width of the rows."""
+        ...
+
+    @property
+    def moments(self) -> Moments:
+        """Mean and second moments of the training rows."""
+        ...
+
+
+class SparseAutoencoderModule(lightning.LightningModule):
+    """Trains a dictionary on rows of an activation cache.
+
+    loss = reconstruction + auxk_coefficient * AuxK, with Adam, linear warm-up, and decay to zero over
+    the end of the run. W_dec's rows are brought back to unit norm after every optimiser step; the part
+    of their gradient that this would undo is removed before it.
+    """
+
+    dictionary: SparseAutoencoder
+    dead_latents: DeadLatents
+
+    def __init__(
+        self,
+        dictionary: Callable[[int], SparseAutoencoder],
+        lr: float | None = None,
+        warmup_steps: int = 100,
+        decay_share: float = 0.2,
+        auxk_coefficient: float = 1 / 32,
+        dead_after_tokens: int | None = None,
+    ) -> None:
+        """Describes the training; the dictionary is built once the width of the data is known.
+
+        Args:
+            dictionary: the kind with its arguments; called with d_model.
+            lr: Adam's rate; null = the recipe's rule, 2e-4 * sqrt(2^14 / n_latents).
+            warmup_steps: steps of linear rise from zero.
+            decay_share: share of the run over which the rate falls to zero.
+            auxk_coefficient: weight of the loss that revives dead latents; 0 = off.
+            dead_after_tokens: tokens without firing after which a latent counts as dead; null = 5 % of
+                the run, at most 10 million.
+
+        Raises:
+            InputError: for a value out of range.
+        """
+        super().__init__()
+        for name, value, rule, good in (
+            ("lr", lr, "positive", lr is None or lr > 0),
+            ("warmup_steps", warmup_steps, "at least 0", warmup_steps >= 0),
+            ("decay_share", decay_share, "in [0, 1]", 0 <= decay_share <= 1),
+            ("auxk_coefficient", auxk_coefficient, "at least 0", auxk_coefficient >= 0),
+            (
+                "dead_after_tokens",
+                dead_after_tokens,
+                "positive",
+                dead_after_tokens is None or dead_after_tokens > 0,
+            ),
+        ):
+            if not good:
+                raise InputError(f"`{name}` must be {rule}, got {name}={value}.")
+        self._make_dictionary = dictionary
+        self._lr = lr
+        self._warmup_steps = warmup_steps
+        self._decay_share = decay_share
+        self._auxk_coefficient = auxk_coefficient
+        self._dead_after_tokens = dead_after_tokens
+        self._scores: ReconstructionScores | None = None
+        self._held_out: ReconstructionMetrics | None = None
+
+    @property
+    def rows(self) -> RowSource:
+        """The datamodule."""
+        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def scores(self) -> ReconstructionScores | None:
+        """Held-out scores of the last validation or test; None before the first."""
+        return self._scores
+
+    def check_dictionary(self) -> None:
+        """Raises `InputError` for a dictionary that cannot be built, without data and without memory."""
+        with torch.device("meta"):
+            self._make_dictionary(1)
+
+    def configure_model(self) -> None:
+        """Builds the dictionary for the data's width, centred and scaled by the data's statistics."""
+        if hasattr(self, "dictionary"):
+            return
+        self.dictionary = self._make_dictionary(self.rows.d_model)
+        moments = self.rows.moments
+        self.dictionary.set_input_statistics(moments.mean, moments.mean_squared_norm)
+        self.dead_latents = DeadLatents(self.dictionary.n_latents, self._dead_after_tokens or 1)
+
+    def on_fit_start(self) -> None:
+        """Settles after how many tokens a latent counts as dead.
+
+        Raises:
+            InputError: for a precision that scales its gradients.
+        """
+        if self.trainer.precision == "16-mixed":
+            raise InputError("`trainer.precision` 16-mixed is not supported; use bf16-mixed or 32-true.")
+        planned = int(self.trainer.estimated_stepping_batches) * self.rows.batch_size
+        self.dead_latents.dead_after_tokens = self._dead_after_tokens or max(
+            1, min(10_000_000, planned // 20)
+        )
+
+    def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
+        """The loss of one batch; on logging steps also its parts."""
+        u = self.dictionary.normalise(batch.x)
+        code = self.dictionary.training_code(u)
+        u_hat = self.dictionary.decode_normalised(code.latents)
+        reconstruction = reconstruction_loss(u, u_hat)
+        loss = reconstruction
+        dead = self.dead_latents.ids
+        if self._auxk_coefficient > 0 and len(dead) > 0:
+            auxk = auxk_loss(self.dictionary, u, u - u_hat, code, dead)
+            loss = loss + self._auxk_coefficient * auxk
+            if self._logs_now:
+                self.log("train/auxk", auxk)
+        self.dead_latents.update(code.latents, self.global_step)
+        if self._logs_now:
+            firing = (code.latents.values > 0).sum() / code.latents.n_rows
+            self.log("train/fvu", reconstruction, prog_bar=True)
+            self.log("train/l0", firing)
+            self.log("train/dead_fraction", self.dead_latents.fraction(), prog_bar=True)
+            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    @property
+    def _logs_now(self) -> bool:
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Removes from the gradient what restoring unit norm would undo; before clipping."""
+        self.dictionary.remove_parallel_gradient()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the Trainer's settings; Lightning's own way refuses fused optimisers in bf16."""
+        parameters = list(self.dictionary.parameters())
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val or torch.inf)
+        elif gradient_clip_val or self._logs_now:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or torch.inf)
+            if self._logs_now:
+                self.log("train/grad_norm", norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimiser's step, then unit norm."""
+        super().optimizer_step(*args, **kwargs)
+        self.dictionary.restore_unit_norm()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Fused Adam and the schedule."""
+        lr = self._lr or learning_rate_for_width(self.dictionary.n_latents)
+        optimizer = torch.optim.Adam(self.dictionary.parameters(), lr=lr, betas=(0.9, 0.999), fused=True)
+        max_steps = int(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            return warmup_then_decay(
+                step, warmup_steps=self._warmup_steps, max_steps=max_steps, decay_share=self._decay_share
+            )
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_validation_epoch_start(self) -> None:
+        """Empties the held-out sums."""
+        self._held_out = ReconstructionMetrics(self.dictionary.n_latents, self.rows.moments.mean)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Rows, batch_idx: int) -> None:
+        """Adds a held-out batch."""
+        assert self._held_out is not None
+        x = batch.x.to(self.dictionary.W_dec.dtype)
+        x_hat, latents = self.dictionary(x)
+        self._held_out.add(x, x_hat, latents, None if batch.position is None else batch.position == 0)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the held-out scores under `val/`."""
+        self._finish_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the held-out scores under `test/`."""
+        self._finish_scores("test")
+
+    def _finish_scores(self, stage: str) -> None:
+        assert self._held_out is not None
+        self._scores = self._held_out.compute()
+        known = {name: value for name, value in self._scores._asdict().items() if value is not None}
+        self.log_dict({f"{stage}/{name}": value for name, value in known.items()})

@@ -1,0 +1,171 @@
+"""Training: recovery of planted directions, exact resume, unit norm, what is logged."""
+
+from types import SimpleNamespace
+
+import lightning
+import pytest
+import torch
+
+from sae.activations import ActivationDataModule
+from sae.activations.imported import import_rows
+from sae.activations.synthetic import PlantedWorld
+from sae.dictionaries import TopK
+from sae.errors import InputError
+from sae.ops.geometry import mean_max_cosine
+from sae.training import SparseAutoencoderModule
+
+
+def _trainer(tmp_path, max_steps, **kwargs):
+    return lightning.Trainer(
+        **{
+            "max_steps": max_steps,
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+            "gradient_clip_val": 1.0,
+        }
+        | kwargs
+    )
+
+
+def _topk(n_latents, k):
+    return lambda d_model: TopK(d_model, n_latents, k)
+
+
+@pytest.fixture(scope="module")
+def world_cache(tmp_path_factory):
+    return import_rows(
+        PlantedWorld(24, 12, active=2, max_cosine=0.6).sample(4000).x, tmp_path_factory.mktemp("w") / "cache"
+    )
+
+
+def _fit(cache, tmp_path, max_steps, module=None, batch_size=256, ckpt_path=None, **kwargs):
+    lightning.seed_everything(0, verbose=False)
+    module = module or SparseAutoencoderModule(_topk(32, 2), warmup_steps=5, dead_after_tokens=600)
+    data = ActivationDataModule(str(cache.folder), batch_size=batch_size)
+    trainer = _trainer(tmp_path, max_steps, **kwargs)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return module, trainer
+
+
+@pytest.mark.slow
+def test_planted_dictionary_is_recovered(tmp_path):
+    """256 directions in 64 dimensions, 3 active, 300,000 rows: found to a mean max cosine of 0.97."""
+    world = PlantedWorld(256, 64, active=3, max_cosine=0.5)
+    cache = import_rows(world.sample(300_000).x, tmp_path / "cache", held_out=0.01)
+    module = SparseAutoencoderModule(_topk(256, 3), lr=2e-3, warmup_steps=100)
+    _fit(cache, tmp_path, 3000, module, batch_size=1024, limit_val_batches=0)
+    found = mean_max_cosine(world.directions, module.dictionary.directions.detach())
+    at_random = mean_max_cosine(world.directions, TopK(64, 256, 3).directions.detach())
+    print(f"mean max cosine {found:.4f}, of random directions {at_random:.4f}")
+    assert found >= 0.97 and at_random < 0.5
+
+
+def test_loss_falls_and_directions_stay_unit_rows(world_cache, tmp_path):
+    module, trainer = _fit(world_cache, tmp_path, 150, module=SparseAutoencoderModule(_topk(32, 2), lr=3e-3))
+    trainer.test(module, datamodule=trainer.datamodule, verbose=False)
+    assert module.scores.fvu < 0.35 and module.scores.l0 <= 2
+    torch.testing.assert_close(module.dictionary.directions.norm(dim=1), torch.ones(32), rtol=1e-5, atol=1e-5)
+
+
+def test_interrupted_and_resumed_run_ends_with_the_same_weights(world_cache, tmp_path):
+    unbroken, _ = _fit(world_cache, tmp_path, 60)
+    checkpoint = tmp_path / "middle.ckpt"
+
+    class Interrupt(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 37:
+                trainer.save_checkpoint(checkpoint)
+                raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        _fit(world_cache, tmp_path, 60, callbacks=[Interrupt()])
+    resumed, trainer = _fit(world_cache, tmp_path, 60, ckpt_path=checkpoint)
+    assert trainer.global_step == 60
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_same_seed_same_weights_and_another_seed_other_weights(world_cache, tmp_path):
+    first, again = (_fit(world_cache, tmp_path, 12)[0].dictionary.W_dec for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_dead_latents_come_back_through_auxk_and_not_without_it(world_cache, tmp_path):
+    class KillHalf(lightning.Callback):
+        def on_fit_start(self, trainer, module):
+            with torch.no_grad():
+                module.dictionary.b_enc[16:] = -1.5
+
+    def dead_after(coefficient):
+        module = SparseAutoencoderModule(
+            _topk(32, 2), lr=3e-3, warmup_steps=0, auxk_coefficient=coefficient, dead_after_tokens=1000
+        )
+        _fit(world_cache, tmp_path, 300, module, callbacks=[KillHalf()])
+        return float(module.dead_latents.fraction())
+
+    without, revived = dead_after(0.0), dead_after(1 / 32)
+    assert without >= 0.1 and revived <= without / 3, (without, revived)
+
+
+def test_bf16_mixed_trains_with_float32_weights(world_cache, tmp_path):
+    module, _ = _fit(
+        world_cache,
+        tmp_path,
+        100,
+        module=SparseAutoencoderModule(_topk(32, 2), lr=3e-3),
+        precision="bf16-mixed",
+    )
+    assert module.dictionary.W_dec.dtype == torch.float32
+    reference, _ = _fit(world_cache, tmp_path, 100, module=SparseAutoencoderModule(_topk(32, 2), lr=3e-3))
+    x = torch.randn(500, 12)
+    error = lambda m: (m.dictionary(x).x_hat - x).square().sum().item()  # noqa: E731
+    assert error(module) == pytest.approx(error(reference), rel=0.1)
+
+
+def test_quiet_steps_log_nothing_and_never_wait_for_the_device(world_cache, tmp_path, monkeypatch):
+    """Between logging steps nothing reads a tensor on the host (item, bool, float, nonzero)."""
+    reads = []
+    real = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: reads.append(1) or real(t))
+    for name in ("__bool__", "__float__", "__int__", "nonzero", "tolist"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, *a, m=method, n=name: reads.append(n) or m(t, *a))
+    per_step = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            reads.clear()
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            per_step.append(list(reads))
+
+    _fit(world_cache, tmp_path, 30, callbacks=[Watch()], log_every_n_steps=50, limit_val_batches=0)
+    assert sum(bool(step) for step in per_step) <= 4  # refreshes of the dead list: every 10 steps
+
+
+def test_fp16_gradients_are_refused():
+    module = SparseAutoencoderModule(_topk(8, 2))
+    module.trainer = SimpleNamespace(precision="16-mixed")
+    with pytest.raises(InputError, match="16-mixed is not supported; use bf16-mixed"):
+        module.on_fit_start()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"lr": 0.0}, "`lr` must be positive, got lr=0.0"),
+        ({"warmup_steps": -1}, "`warmup_steps` must be at least 0"),
+        ({"decay_share": 1.5}, r"`decay_share` must be in \[0, 1\]"),
+        ({"auxk_coefficient": -1.0}, "`auxk_coefficient` must be at least 0"),
+        ({"dead_after_tokens": 0}, "`dead_after_tokens` must be positive"),
+    ],
+)
+def test_values_out_of_range_are_errors(arguments, match):
+    with pytest.raises(InputError, match=match):
+        SparseAutoencoderModule(_topk(8, 2), **arguments)

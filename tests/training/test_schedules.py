@@ -1,0 +1,20 @@
+"""The learning rate rises, stays, falls."""
+
+import pytest
+
+from sae.training.schedules import learning_rate_for_width, warmup_then_decay
+
+
+def test_schedule_by_hand():
+    factors = [warmup_then_decay(s, warmup_steps=4, max_steps=20, decay_share=0.25) for s in range(21)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[15:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+
+
+def test_no_warmup_and_no_decay_is_constant():
+    assert {warmup_then_decay(s, warmup_steps=0, max_steps=9, decay_share=0.0) for s in range(9)} == {1.0}
+
+
+def test_rate_falls_with_the_root_of_the_width():
+    assert learning_rate_for_width(2**14) == pytest.approx(2e-4)
+    assert learning_rate_for_width(2**12) == pytest.approx(4e-4)

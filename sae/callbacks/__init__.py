@@ -1,0 +1,7 @@
+"""Lightning callbacks: baselines beside the autoencoder, throughput, the run folder."""
+
+from sae.callbacks.baselines import NMFBaseline, PCABaseline
+from sae.callbacks.run_folder import RunFolder
+from sae.callbacks.throughput import Throughput
+
+__all__ = ["NMFBaseline", "PCABaseline", "RunFolder", "Throughput"]

@@ -1,0 +1,197 @@
+"""PCA and NMF beside the autoencoder: fitted on the same rows, scored on the same held-out rows."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae.activations import ActivationDataModule
+from sae.activations.cache import RowBatch
+from sae.baselines import NMF, PCA, Baseline
+from sae.errors import InputError
+from sae.ops.metrics import ReconstructionMetrics, ReconstructionScores
+from sae.ops.sparse import SparseLatents
+from sae.training import SparseAutoencoderModule
+
+
+class _BaselineCallback(lightning.Callback):
+    """Fits one baseline before training and scores it at every validation.
+
+    At the autoencoder's own L0: unit atoms, the same mean, k = round(l0) coefficients a row. Scores go
+    to `baseline/<name>/...` in the logs and to `metrics()["baselines"][<name>]`.
+    """
+
+    name: str
+
+    def __init__(self, n_components: int | None, curve: list[int] | None, max_rows: int) -> None:
+        if max_rows < 1:
+            raise InputError(f"`max_rows` must be at least 1, got {max_rows}.")
+        self._n_components = n_components
+        self._curve_at = curve
+        self._max_rows = max_rows
+        self._fitted: Baseline | None = None
+        self._fit_s = 0.0
+        self._curve: dict[str, float | None] = {}
+        self._scores: dict[int, ReconstructionScores] = {}
+        self._at: int | None = None
+
+    @abstractmethod
+    def make(self, d_model: int, n_components: int | None) -> Baseline:
+        """A fresh baseline."""
+
+    @property
+    def baseline(self) -> Baseline:
+        """The fitted baseline.
+
+        Raises:
+            InputError: before training has started.
+        """
+        if self._fitted is None:
+            raise InputError(f"the {self.name} baseline is fitted when training starts; it has not started.")
+        return self._fitted
+
+    def metrics(self) -> dict[str, Any]:
+        """What goes into metrics.json."""
+        if self._at is None or self._fitted is None:
+            return {}
+        scores = self._scores[self._at]._asdict()
+        extra = {
+            "n_latents": self._fitted.n_latents,
+            "k": self._at,
+            "fit_s": round(self._fit_s, 2),
+            "fvu_by_components": self._curve,
+        }
+        return {"baselines": {self.name: scores | extra}}
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
+        """Fits the baseline, and its curve over the number of components."""
+        if self._fitted is not None:
+            return
+        data, device = _datamodule(trainer), pl_module.device
+        curve_at = [data.d_model // part for part in (8, 4, 2)] if self._curve_at is None else self._curve_at
+        numbers = [self._n_components, *sorted({r for r in curve_at if r >= 1})]
+        for r in tqdm(numbers, desc=f"fit {self.name}", leave=False):
+            begin = time.perf_counter()
+            fitted = self._fit(data, r, device)
+            if self._fitted is None:
+                self._fitted, self._fit_s = fitted, time.perf_counter() - begin
+            else:
+                self._curve[str(r)] = _score(fitted, data, None).fvu
+        for logger in trainer.loggers:
+            for r, fvu in self._curve.items():
+                if fvu is not None:
+                    logger.log_metrics({f"fvu_by_components/{self.name}": fvu}, step=int(r))
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
+        """Scores the baseline at the L0 that the autoencoder has now."""
+        if not trainer.sanity_checking:
+            self._score_at_l0_of(trainer, pl_module)
+
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
+        """Scores the baseline at the final L0."""
+        self._score_at_l0_of(trainer, pl_module)
+
+    def _score_at_l0_of(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
+        assert pl_module.scores is not None, "scored before the first validation"
+        k = max(1, round(pl_module.scores.l0))
+        if k not in self._scores:
+            self._scores[k] = _score(self.baseline, _datamodule(trainer), k)
+        self._at = k
+        known = {key: value for key, value in self._scores[k]._asdict().items() if value is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"baseline/{self.name}/{key}": value for key, value in known.items()}, trainer.global_step
+            )
+
+    def _fit(self, data: ActivationDataModule, n_components: int | None, device: torch.device) -> Baseline:
+        baseline = self.make(data.d_model, n_components).to(device)
+        return baseline.fit(_TrainRows(data, self._max_rows, device), data.moments)
+
+
+class PCABaseline(_BaselineCallback):
+    """Principal components, exact from the cache's second moments.
+
+    At equal L0 a row keeps its k largest coefficients among all components.
+    """
+
+    name = "pca"
+
+    def __init__(self, n_components: int | None = None, curve: list[int] | None = None) -> None:
+        """Describes the baseline.
+
+        Args:
+            n_components: components to choose the k largest coefficients from; null = d_model.
+            curve: numbers of components for FVU against components (all of them used per row);
+                null = d_model / 8, / 4, / 2.
+        """
+        super().__init__(n_components, curve, max_rows=1)
+
+    def make(self, d_model: int, n_components: int | None) -> Baseline:
+        """A PCA."""
+        return PCA(d_model, n_components)
+
+
+class NMFBaseline(_BaselineCallback):
+    """Non-negative matrix factorisation of the rows split into positive and negative parts.
+
+    At equal L0 a row is coded by non-negative orthogonal pursuit of k atoms.
+    """
+
+    name = "nmf"
+
+    def __init__(
+        self, n_components: int | None = None, curve: list[int] | None = None, max_rows: int = 100_000
+    ) -> None:
+        """Describes the baseline.
+
+        Args:
+            n_components: atoms; null = d_model.
+            curve: numbers of atoms for FVU against components (all of them used per row); null =
+                d_model / 8, / 4, / 2.
+            max_rows: rows that it is fitted on, a random sample of the train split.
+        """
+        super().__init__(n_components, curve, max_rows)
+
+    def make(self, d_model: int, n_components: int | None) -> Baseline:
+        """An NMF."""
+        return NMF(d_model, n_components or d_model)
+
+
+class _TrainRows:
+    """Up to `max_rows` train rows, again for every iteration."""
+
+    def __init__(self, data: ActivationDataModule, max_rows: int, device: torch.device) -> None:
+        self._data, self._max_rows, self._device = data, max_rows, device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        given = 0
+        for batch in self._data.cache.batches("train", self._data.hookpoint, 8192):
+            x = batch.x[: self._max_rows - given]
+            yield x.to(self._device, torch.float32)
+            given += len(x)
+            if given >= self._max_rows:
+                return
+
+
+def _datamodule(trainer: lightning.Trainer) -> ActivationDataModule:
+    return trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.inference_mode()
+def _score(baseline: Baseline, data: ActivationDataModule, k: int | None) -> ReconstructionScores:
+    """Held-out scores with k coefficients per row, or (None) with all of them."""
+    metrics = ReconstructionMetrics(baseline.n_latents, data.moments.mean)
+    batch: RowBatch
+    for batch in data.val_dataloader():
+        x = batch.x.to(baseline.device, torch.float32)
+        code: SparseLatents = baseline.encode_sparse(x) if k is None else baseline.sparse_code(x, k)
+        first = None if batch.position is None else batch.position.to(x.device) == 0
+        metrics.add(x, baseline.decode_sparse(code), code, first)
+    return metrics.compute()

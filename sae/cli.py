@@ -1,0 +1,247 @@
+"""The command line: LightningCLI with names in full, short errors, and a run folder as its output."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning
+import yaml
+from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from sae.activations import ActivationDataModule
+from sae.callbacks import NMFBaseline, PCABaseline, RunFolder, Throughput  # the first two: short names
+from sae.errors import InputError
+from sae.training import SparseAutoencoderModule
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+LONGEST_ERROR = 400  # characters
+__all__ = ["NMFBaseline", "PCABaseline", "SaeCLI", "exit_on_input_error", "find_config"]
+
+
+class SaeCLI(LightningCLI):
+    """Parses the configuration and builds datamodule, module and trainer; runs nothing."""
+
+    datamodule: ActivationDataModule
+    model: SparseAutoencoderModule
+
+    def __init__(self, args: ArgsType = None) -> None:
+        _hush_lightning()
+        super().__init__(
+            SparseAutoencoderModule,
+            ActivationDataModule,
+            save_config_callback=None,  # RunFolder writes it, once training can start
+            trainer_defaults={
+                "default_root_dir": "runs/default",
+                "max_steps": 2000,
+                "accelerator": "auto",
+                "devices": "auto",
+                "gradient_clip_val": 1.0,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            seed_everything_default=0,
+            parser_class=_Parser,
+            parser_kwargs={"allow_abbrev": False, "logger": _drop_logger()},
+            args=args,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser, with configurations found by bare name."""
+        parser = self.parser_class(
+            description="Trains a sparse dictionary on cached activations, beside PCA and NMF.", **kwargs
+        )
+        parser.add_argument(
+            "-c", "--config", action=_FindConfig, help="YAML file; a bare name is looked up in configs/ too."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our own switches."""
+        parser.add_argument(
+            "--fresh", type=bool, default=False, help="Start over: discard what the run folder has."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses `args`, or the command line."""
+        assert args is None or isinstance(args, list), "arguments come as on the command line"
+        argv = sys.argv[1:] if args is None else args
+        # `--fresh` alone reads better than `--fresh=true`.
+        self.config = parser.parse_args(["--fresh=true" if a == "--fresh" else a for a in argv])
+
+    def instantiate_classes(self) -> None:
+        """Builds datamodule, module and trainer, in that order."""
+        with warnings.catch_warnings():
+            # Lightning calls jsonargparse by names that it has since replaced.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
+            warnings.filterwarnings("ignore", message=r"(?s).*JsonargparseDeprecationWarning")
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """The trainer, with checkpoints, TensorBoard and the run folder whatever the callbacks listed."""
+        self.model.check_dictionary()  # before any folder or cache is made
+        root = self.run_folder
+        config = self.config_init.trainer
+        extra: list[lightning.Callback] = [
+            Throughput(),
+            RunFolder(root, self.save_config, self.config.seed_everything),
+        ]
+        if config.enable_checkpointing is not False:
+            extra.append(_Checkpoints(root / "checkpoints"))
+        callbacks = [*(config.callbacks or []), *extra]
+        if config.enable_progress_bar is not False:
+            callbacks.append(TQDMProgressBar(refresh_rate=20))
+        self.config_init.trainer.callbacks = None
+        if config.logger is None or config.logger is True:
+            kwargs["logger"] = TensorBoardLogger(str(root), name="tensorboard", version="")
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.trainer.default_root_dir)
+
+    @property
+    def config_values(self) -> dict[str, Any]:
+        """The whole configuration as plain values."""
+        text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
+        values = yaml.safe_load(text)
+        values.pop("fresh", None)
+        values.pop("config", None)
+        return values
+
+    def save_config(self, path: Path) -> None:
+        """Writes the whole configuration, readable by `--config`."""
+        path.write_text(yaml.safe_dump(self.config_values, sort_keys=False))
+
+
+class _Checkpoints(ModelCheckpoint):
+    """checkpoints/last.ckpt after every validation, best.ckpt by held-out FVU."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="best",
+            monitor="val/fvu",
+            mode="min",
+            save_last=True,
+            enable_version_counter=False,
+        )
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Without Lightning's warning that the folder is not empty: a resumed run's never is."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*exists and is not empty")
+            super().setup(*args, **kwargs)
+
+
+class _FindConfig(ActionConfigFile):
+    """`--config quickstart.yaml` finds configs/quickstart.yaml."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, namespace, str(find_config(value)), option_string)
+
+
+def find_config(name: str) -> Path:
+    """The file, or the one of that name in configs/.
+
+    Raises:
+        InputError: if there is neither; lists what configs/ has.
+    """
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    there = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml"))) or "nothing"
+    raise InputError(f"`--config` {name!r} is not a file, and configs/ has no such name (it has {there}).")
+
+
+class _Parser(LightningArgumentParser):
+    """Errors in two lines with status 2, and a help that fits two screens."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.usage = "train.py --config NAME [--group.key VALUE ...]"
+        self.add_argument("--help_all", action=_HelpAll, help="Show the Trainer's options too.")
+        self._show_trainer = False
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the message alone and exits with 2."""
+        if isinstance(ex, InputError):
+            message = str(ex)
+        raise InputError(_shorten(message))
+
+    def format_help(self) -> str:
+        """Without the Trainer's hundred options unless asked."""
+        hidden = [] if self._show_trainer else [g for g in self._action_groups if _is_trainer(g)]
+        shown = list(self._action_groups)
+        self._action_groups = [group for group in shown if group not in hidden]
+        try:
+            return super().format_help()
+        finally:
+            self._action_groups = shown
+
+    def show_all_help(self) -> NoReturn:
+        """Prints the long help."""
+        self._show_trainer = True
+        self.print_help()
+        self.exit()
+
+
+class _HelpAll(ActionConfigFile.__mro__[1]):  # argparse's Action, as jsonargparse knows it
+    def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest="==SUPPRESS==", default="==SUPPRESS==", nargs=0, help=help)
+
+    def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
+        parser.show_all_help()
+
+
+def _is_trainer(group: Any) -> bool:
+    return any("--trainer." in option for action in group._group_actions for option in action.option_strings)
+
+
+def _shorten(message: str) -> str:
+    """The lines of a parser's message that say something, within bounds."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = " ".join(lines)
+    return text if len(text) <= LONGEST_ERROR else text[: LONGEST_ERROR - 1] + "…"
+
+
+def _hush_lightning() -> None:
+    """Turns off advertisements, device lists and a deprecation inside Lightning; its warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+
+
+def _drop_logger() -> logging.Logger:
+    """A logger that shows which arguments a changed kind drops; jsonargparse says it at DEBUG only."""
+    logger = logging.getLogger("sae.config")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.addFilter(lambda record: "discard" in record.getMessage().lower())
+        handler.setFormatter(logging.Formatter("note: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+    return logger
+
+
+def exit_on_input_error(command: Callable[[], None]) -> None:
+    """Runs a command; bad input prints its message (once, on rank 0) and exits with status 2."""
+    try:
+        command()
+    except InputError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

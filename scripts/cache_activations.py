@@ -1,0 +1,37 @@
+"""Harvests the activation cache of a configuration, or checks every byte of it; trains nothing.
+
+    python scripts/cache_activations.py --config quickstart.yaml
+    python scripts/cache_activations.py --config quickstart.yaml --data.source.n_tokens 2_000_000
+    python scripts/cache_activations.py --config quickstart.yaml --verify
+
+Takes the same configuration and overrides as train.py. An interrupted harvest is continued.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sae.activations import ActivationCache
+from sae.cli import SaeCLI, exit_on_input_error
+
+
+def main() -> None:
+    """Makes or verifies the cache."""
+    arguments = sys.argv[1:]
+    verify = "--verify" in arguments
+    cli = SaeCLI([argument for argument in arguments if argument != "--verify"])
+    if verify:
+        cache = ActivationCache(cli.datamodule.folder)
+        cache.verify()
+    else:
+        cli.datamodule.prepare_data()
+        cache = ActivationCache(cli.datamodule.folder)
+    rows = ", ".join(f"{cache.n_rows(split):,} {split.replace('_', '-')}" for split in ("train", "held_out"))
+    state = "every checksum is right" if verify else "finished"
+    print(
+        f"{cache.folder}: {rows} rows of {', '.join(cache.hookpoints)}, {cache.manifest['dtype']}; {state}."
+    )
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)

@@ -1,0 +1,229 @@
+"""The front door: one command from model and text to a trained dictionary; its errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import sae
+from sae.cli import SaeCLI, find_config
+from sae.errors import InputError
+from sae.runs import OUTPUTS, open_run
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from train import main  # noqa: E402
+
+
+@pytest.fixture
+def config(tmp_path, tiny_cache, tiny_source):
+    """A whole configuration on the tiny cache, quick to run."""
+    values = {
+        "seed_everything": 0,
+        "data": {
+            "cache": str(tiny_cache.folder),
+            "source": {**tiny_source.__dict__},
+            "hookpoint": "resid.1",
+            "batch_size": 128,
+        },
+        "model": {
+            "dictionary": {"class_path": "TopK", "init_args": {"n_latents": 32, "k": 4}},
+            "warmup_steps": 3,
+        },
+        "trainer": {
+            "max_steps": 40,
+            "default_root_dir": str(tmp_path / "run"),
+            "val_check_interval": 20,
+            "check_val_every_n_epoch": None,
+            "log_every_n_steps": 5,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "PCABaseline", "init_args": {"curve": [2, 8]}},
+                {
+                    "class_path": "NMFBaseline",
+                    "init_args": {"n_components": 8, "curve": [4], "max_rows": 2000},
+                },
+            ],
+        },
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def _metrics(tmp_path):
+    return json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def _weights(tmp_path):
+    return sae.load(tmp_path / "run").saved_tensors()
+
+
+def test_one_command_leaves_the_whole_run_folder(config, tmp_path, capsys):
+    main(["--config", str(config)])
+    run = tmp_path / "run"
+    for name in ("config.yaml", "metrics.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
+                 "dictionary/config.json", "dictionary/weights.safetensors"):  # fmt: skip
+        assert (run / name).is_file(), name
+    assert list((run / "tensorboard").glob("events*"))
+    assert {path.name for path in run.iterdir()} <= set(OUTPUTS)
+    metrics = _metrics(tmp_path)
+    contract = {"fvu", "fvu_without_first_position", "l0", "dead_fraction", "cosine", "tokens_seen",
+                "tokens_per_s", "wall_s", "d_model", "n_latents", "seed", "baselines"}  # fmt: skip
+    assert contract <= set(metrics)
+    assert metrics["finished"] and metrics["tokens_seen"] == 40 * 128 and metrics["tokens_per_s"] > 0
+    assert 0 < metrics["fvu"] < 1 and metrics["l0"] <= 4
+    for name, curve in (("pca", {"2", "8"}), ("nmf", {"4"})):
+        row = metrics["baselines"][name]
+        assert (
+            0 < row["fvu"] < 1
+            and row["l0"] <= round(metrics["l0"])
+            and set(row["fvu_by_components"]) == curve
+        )
+    printed = capsys.readouterr().out
+    assert "SAE" in printed and "PCA" in printed and "NMF" in printed and "fires on" in printed
+    saved = json.loads((run / "dictionary" / "config.json").read_text())
+    assert saved["hookpoint"] == "resid.1" and saved["kind"] == "TopK" and saved["d_model"] == 16
+
+
+def test_the_saved_dictionary_scores_what_metrics_say(config, tmp_path, tiny_cache):
+    main(["--config", str(config)])
+    x = torch.cat([batch.x for batch in tiny_cache.batches("held_out", "resid.1", 512)]).double()
+    x_hat = sae.load(tmp_path / "run")(x.float()).x_hat.double()
+    fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    assert _metrics(tmp_path)["fvu"] == pytest.approx(fvu.item(), rel=1e-3)
+
+
+def test_pca_callback_equals_scikit_learn(config, tmp_path, tiny_cache):
+    from sklearn.decomposition import PCA
+
+    main(["--config", str(config)])
+    rows = {
+        split: torch.cat([b.x for b in tiny_cache.batches(split, "resid.1", 512)]).double().numpy()
+        for split in ("train", "held_out")
+    }
+    x = rows["held_out"]
+    for r, fvu in _metrics(tmp_path)["baselines"]["pca"]["fvu_by_components"].items():
+        reference = PCA(int(r)).fit(rows["train"])
+        x_hat = reference.inverse_transform(reference.transform(x))
+        assert fvu == pytest.approx(((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
+
+
+def test_finished_run_shows_its_table_and_trains_no_more(config, tmp_path, capsys):
+    main(["--config", str(config)])
+    before = (tmp_path / "run" / "metrics.json").stat().st_mtime_ns
+    first = capsys.readouterr().out
+    main(["--config", str(config)])
+    again = capsys.readouterr().out
+    assert "is finished" in again and first[first.index("held-out") :] in again
+    assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_interrupted_run_resumes_to_the_same_weights(config, tmp_path, monkeypatch):
+    main(["--config", str(config)])
+    expected = _weights(tmp_path)
+    main(["--config", str(config), "--fresh", "--trainer.max_steps=40", "--trainer.limit_test_batches=1"])
+    # Interrupt after the first validation: its checkpoint is what the same command finds.
+    from sae.training import SparseAutoencoderModule
+
+    real = SparseAutoencoderModule.training_step
+
+    def dies(self, batch, batch_idx):
+        if self.global_step == 27:
+            raise RuntimeError("power cut")
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(SparseAutoencoderModule, "training_step", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(["--config", str(config), "--fresh"])
+    monkeypatch.setattr(SparseAutoencoderModule, "training_step", real)
+    assert not _metrics(tmp_path)["finished"] and not (tmp_path / "run" / "dictionary").exists()
+    main(["--config", str(config)])
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, _weights(tmp_path)[name]), name
+    assert _metrics(tmp_path)["steps"] == 40
+
+
+def test_another_configuration_in_the_same_folder_is_refused_and_loses_nothing(config, tmp_path):
+    main(["--config", str(config)])
+    before = _weights(tmp_path)
+    with pytest.raises(
+        InputError, match=r"differs in model.dictionary.init_args.k \(was 4, now 5\), data.batch_size"
+    ):
+        main(["--config", str(config), "--model.dictionary.init_args.k=5", "--data.batch_size=64"])
+    assert torch.equal(before["W_dec"], _weights(tmp_path)["W_dec"])
+
+
+def test_runs_without_any_listed_callback(config, tmp_path):
+    main(["--config", str(config), "--trainer.callbacks=[]", "--trainer.max_steps=20"])
+    assert (
+        _metrics(tmp_path)["baselines"] == {} and (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    )
+
+
+def test_run_can_be_opened_and_read(config, tmp_path):
+    main(["--config", str(config)])
+    run = open_run(tmp_path / "run")
+    assert run.hookpoint == "resid.1" and run.reading().latent(3).latent == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--model.nonsense=1"], "nonsense"),
+        (["--trainer.max_step=3"], "max_step"),
+        (["--model.dictionary.init_args.k=33"], r"`k` must be in \[1, n_latents=32\], got k=33"),
+        (["--data.batch_size=many"], "batch_size"),
+        (["--data.source.dtype=float8"], "dtype"),
+        (["--data.hookpoint=resid.7"], r"'resid.7' is not in the cache .* it has resid.1, resid.3"),
+        (["--data.source.n_tokens=9000"], r"differs in n_tokens \(cache: 8000, config: 9000\)"),
+        (["--data.cache=nowhere", "--data.source=null"], "does not exist and there is no `data.source`"),
+        (["--model.dictionary.class_path=PCA"], "dictionary"),
+    ],
+)
+def test_bad_input_is_one_short_error_and_leaves_nothing(config, tmp_path, arguments, match):
+    with pytest.raises(InputError, match=match) as caught:
+        main(["--config", str(config), *arguments])
+    assert len(str(caught.value)) <= 500 and "Traceback" not in str(caught.value)
+    left = {path.name for path in (tmp_path / "run").glob("*")}
+    assert not left & {"config.yaml", "metrics.json", "dictionary", "checkpoints"}
+
+
+def test_config_is_found_by_bare_name_or_refused_with_those_there_are():
+    assert find_config("quickstart.yaml").name == "quickstart.yaml"
+    assert find_config("quickstart") == find_config("quickstart.yaml")
+    with pytest.raises(InputError, match=r"'nope.yaml' is not a file.*it has .*quickstart.yaml"):
+        find_config("nope.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_builds(path, tmp_path):
+    cli = SaeCLI(["--config", str(path), f"--trainer.default_root_dir={tmp_path}"])
+    assert cli.trainer.max_steps > 0 and cli.datamodule.source is not None
+
+
+def test_the_command_exits_with_2_and_no_traceback():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--config", "nope.yaml"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: `--config` 'nope.yaml'")
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_help_fits_two_screens_and_help_all_has_the_trainer(capsys):
+    lengths = []
+    for option in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stop:
+            SaeCLI([option])
+        assert stop.value.code == 0
+        lengths.append(len(capsys.readouterr().out.splitlines()))
+    assert lengths[0] <= 100 < lengths[1]

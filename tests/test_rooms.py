@@ -1,0 +1,46 @@
+"""The house: imports go down only, no stray files, every option is read."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "sae"
+FLOORS = {
+    "errors": 0, "files": 0, "ops": 0, "dictionaries": 1, "activations": 1, "baselines": 2, "training": 2,
+    "inspection": 2, "interop": 2, "studies": 3, "callbacks": 3, "cli": 4, "runs": 4,
+}  # fmt: skip
+SIDEWAYS = {("ops", "errors"), ("runs", "cli")}
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        yield from (name.split(".")[1] for name in names if name.startswith("sae.") and name.count("."))
+
+
+def test_rooms_import_only_from_lower_floors():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for imported in _imports(path):
+            same = imported == room or (room, imported) in SIDEWAYS
+            if not same and FLOORS[imported] >= FLOORS[room]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports sae.{imported}")
+    assert wrong == []
+
+
+def test_every_file_says_its_idea_in_its_first_line():
+    for path in PACKAGE.rglob("*.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring and len(docstring.splitlines()[0]) > 10, path
+
+
+def test_files_and_functions_stay_small():
+    for path in PACKAGE.rglob("*.py"):
+        source = path.read_text()
+        assert len(source.splitlines()) <= 350, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"

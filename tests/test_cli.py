@@ -79,7 +79,7 @@ def test_one_command_leaves_the_whole_run_folder(config, tmp_path, capsys):
     assert contract <= set(metrics)
     assert metrics["finished"] and metrics["tokens_seen"] == 40 * 128 and metrics["tokens_per_s"] > 0
     assert 0 < metrics["fvu"] < 1 and metrics["l0"] <= 4
-    for name, curve in (("pca", {"2", "8"}), ("nmf", {"4"})):
+    for name, curve in (("pca", {"2", "8", "16"}), ("nmf", {"4", "8"})):
         row = metrics["baselines"][name]
         assert (
             0 < row["fvu"] < 1
@@ -148,6 +148,50 @@ def test_interrupted_run_resumes_to_the_same_weights(config, tmp_path, monkeypat
     for name, tensor in expected.items():
         assert torch.equal(tensor, _weights(tmp_path)[name]), name
     assert _metrics(tmp_path)["steps"] == 40
+
+
+def test_run_that_died_between_training_and_scoring_is_finished_by_the_same_command(
+    config, tmp_path, monkeypatch
+):
+    import lightning
+
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lightning.Trainer, "test", dies)
+        with pytest.raises(KeyboardInterrupt):
+            main(["--config", str(config)])
+    trained = _weights(tmp_path)
+    assert not _metrics(tmp_path)["finished"]
+    main(["--config", str(config)])
+    assert _metrics(tmp_path)["finished"] and torch.equal(trained["W_dec"], _weights(tmp_path)["W_dec"])
+
+
+def test_tensorboard_has_one_chart_with_every_method(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    main(["--config", str(config)])
+    for method, row in {"sae": _metrics(tmp_path), **_metrics(tmp_path)["baselines"]}.items():
+        events = EventAccumulator(
+            str(tmp_path / "run" / "tensorboard" / f"fvu_at_equal_l0_{method}")
+        ).Reload()
+        drawn = events.Scalars("fvu_at_equal_l0")
+        assert [e.step for e in drawn][:2] == [20, 40] and drawn[-1].value == pytest.approx(
+            row["fvu"], rel=1e-5
+        )
+    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tags()["scalars"]
+    assert {"train/fvu", "val/fvu", "train/lr", "train/grad_norm", "train/dead_fraction"} <= set(curves)
+
+
+def test_print_config_is_a_configuration_that_builds(config, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        SaeCLI(["--config", str(config), "--model.lr=0.01", "--print_config"])
+    assert stop.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    again = SaeCLI(["--config", str(printed)])
+    assert again.config.model.lr == 0.01 and again.config.data.batch_size == 128
 
 
 def test_another_configuration_in_the_same_folder_is_refused_and_loses_nothing(config, tmp_path):

@@ -292,9 +292,5 @@ def _check_vocabulary(language_model: LanguageModel, token_ids: Tensor) -> None:
         )
 
 
-def _size(n_bytes: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if abs(n_bytes) < 1000 or unit == "TB":
-            return f"{n_bytes:,.0f} {unit}" if unit == "bytes" else f"{n_bytes:,.1f} {unit}"
-        n_bytes /= 1000
-    raise AssertionError("unreachable")
+def _size(n_bytes: int) -> str:
+    return tqdm.format_sizeof(n_bytes, "B")

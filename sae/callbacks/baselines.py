@@ -82,12 +82,7 @@ class _BaselineCallback(lightning.Callback):
             fitted = self._fit(data, r, device)
             if self._fitted is None:
                 self._fitted, self._fit_s = fitted, time.perf_counter() - begin
-            else:
-                self._curve[str(r)] = _score(fitted, data, None).fvu
-        for logger in trainer.loggers:
-            for r, fvu in self._curve.items():
-                if fvu is not None:
-                    logger.log_metrics({f"fvu_by_components/{self.name}": fvu}, step=int(r))
+            self._curve[str(fitted.n_latents)] = _score(fitted, data, None).fvu
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Scores the baseline at the L0 that the autoencoder has now."""

@@ -48,13 +48,6 @@ class RunFolder(lightning.Callback):
         """Everything could be built: the folder becomes a run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._save_config(self.folder / "config.yaml")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                charts = {
-                    "FVU at equal L0": ["Multiline", ["val/fvu$", "baseline/.*/fvu$"]],
-                    "FVU by components (x = components)": ["Multiline", ["fvu_by_components/.*"]],
-                }
-                logger.experiment.add_custom_scalars({"Held-out rows": charts})
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Metrics so far."""
@@ -100,6 +93,23 @@ class RunFolder(lightning.Callback):
                 for key, value in callback.metrics().items():
                     metrics[key] = metrics.get(key, {}) | value
         write_json(self.folder / "metrics.json", metrics)
+        _draw_methods_together(trainer, metrics)
 
     def _wall_s(self) -> float:
         return self._earlier_s + time.monotonic() - self._begin
+
+
+def _draw_methods_together(trainer: lightning.Trainer, metrics: dict[str, Any]) -> None:
+    """One TensorBoard chart per quantity with every method in it, each in its own colour."""
+    baselines = metrics["baselines"]
+    for logger in trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger) or not baselines:
+            continue
+        at_equal_l0 = {"sae": metrics["fvu"]} | {name: row["fvu"] for name, row in baselines.items()}
+        logger.experiment.add_scalars("fvu_at_equal_l0", at_equal_l0, metrics["steps"])
+        if metrics["finished"]:  # x = number of components
+            for name, row in baselines.items():
+                for components, fvu in sorted(
+                    row["fvu_by_components"].items(), key=lambda pair: int(pair[0])
+                ):
+                    logger.experiment.add_scalars("fvu_by_components", {name: fvu}, int(components))

@@ -212,7 +212,7 @@ def test_too_little_disk_is_an_error_before_anything_is_written(tiny_source, tmp
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(harvest_module.shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
     with pytest.raises(
-        InputError, match=r"the harvest needs [\d.]+ MB .* more than is free; lower `n_tokens`"
+        InputError, match=r"the harvest needs [\d.]+MB .* more than is free; lower `n_tokens`"
     ):
         harvest(tiny_source, tmp_path / "full")
     assert list((tmp_path / "full").iterdir()) == []

@@ -14,6 +14,7 @@ from __future__ import annotations
 from lightning.pytorch.utilities import rank_zero_only
 
 from sae.cli import SaeCLI, exit_on_input_error
+from sae.errors import InputError
 from sae.runs import is_finished, open_run, prepare_folder, summary
 
 
@@ -34,9 +35,14 @@ def main(args: list[str] | None = None) -> None:
 def report(cli: SaeCLI) -> None:
     """Prints the comparison and the clearest latents."""
     run = open_run(cli.run_folder)
-    reading = run.reading()
-    print(f"\n{summary(cli.run_folder)}\n\nThe clearest latents at {run.hookpoint} of {run.model}:")
-    print(reading.table(reading.clearest(20)))
+    print(f"\n{summary(cli.run_folder)}\n")
+    try:
+        reading = run.reading()
+    except InputError as error:  # a cache may be trained on where its language model is not
+        print(f"Latents were not read: {error}")
+    else:
+        print(f"The clearest latents at {run.hookpoint} of {run.model}:")
+        print(reading.table(reading.clearest(20)))
     print(f"\n{cli.run_folder} holds metrics.json, dictionary/, and curves for `tensorboard --logdir`.")
 
 

@@ -77,11 +77,18 @@ class Run:
     folder: Path
     dictionary: Dictionary
     hookpoint: str
-    model: str
+    model: str | None
+    """None where the cache's rows were imported."""
     cache: ActivationCache
 
     def reading(self) -> Reading:
-        """The evidence for its latents; loads the language model for its tokenizer and unembedding."""
+        """The evidence for its latents; loads the language model for its tokenizer and unembedding.
+
+        Raises:
+            InputError: if there is no language model, or it cannot be loaded here.
+        """
+        if self.model is None:
+            raise InputError(f"the rows of {self.cache.folder} were imported; no tokens belong to them.")
         return Reading(self.dictionary, self.cache, self.hookpoint, load_language_model(self.model))
 
 

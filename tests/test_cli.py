@@ -211,6 +211,39 @@ def test_runs_without_any_listed_callback(config, tmp_path):
     )
 
 
+def test_training_from_imported_rows_needs_no_language_model(config, tmp_path, capsys):
+    from sae.activations.imported import import_rows
+
+    import_rows(torch.randn(3000, 8), tmp_path / "rows")
+    arguments = [f"--data.cache={tmp_path / 'rows'}", "--data.source=null", "--data.hookpoint=null"]
+    main(["--config", str(config), *arguments])
+    metrics = _metrics(tmp_path)
+    assert metrics["d_model"] == 8 and metrics["fvu_without_first_position"] is None
+    assert "no tokens belong to them" in capsys.readouterr().out
+
+
+def test_weights_do_not_depend_on_what_was_drawn_before_training(config, tmp_path, monkeypatch):
+    main(["--config", str(config)])
+    expected = _weights(tmp_path)
+    from sae.activations import ActivationDataModule
+
+    real = ActivationDataModule.prepare_data
+    monkeypatch.setattr(ActivationDataModule, "prepare_data", lambda self: (torch.rand(7), real(self))[1])
+    main(["--config", str(config), "--fresh"])
+    assert torch.equal(expected["W_dec"], _weights(tmp_path)["W_dec"])
+
+
+def test_run_without_a_validation_before_its_end_still_finishes(config, tmp_path):
+    main(["--config", str(config), "--trainer.val_check_interval=500", "--trainer.max_steps=120"])
+    assert _metrics(tmp_path)["finished"] and _metrics(tmp_path)["steps"] == 120
+
+
+def test_finished_run_continues_to_a_larger_number_of_steps(config, tmp_path):
+    main(["--config", str(config)])
+    main(["--config", str(config), "--trainer.max_steps=60"])
+    assert _metrics(tmp_path)["finished"] and _metrics(tmp_path)["steps"] == 60
+
+
 def test_run_can_be_opened_and_read(config, tmp_path):
     main(["--config", str(config)])
     run = open_run(tmp_path / "run")

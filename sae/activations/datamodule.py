@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -75,7 +74,8 @@ class ActivationDataModule(lightning.LightningDataModule):
         """Shuffled batches of the train split, resumable."""
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return TrainLoader(self.cache, self.hookpoint, self.batch_size, self._seed(), rank, world_size)
+        seed = torch.initial_seed()  # what seed_everything set, however much has been drawn since
+        return TrainLoader(self.cache, self.hookpoint, self.batch_size, seed, rank, world_size)
 
     def val_dataloader(self) -> HeldOutLoader:
         """The held-out split in sequence order."""
@@ -85,16 +85,12 @@ class ActivationDataModule(lightning.LightningDataModule):
         """The same rows as in validation."""
         return self.val_dataloader()
 
-    @staticmethod
-    def _seed() -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", "0"))  # set by seed_everything
-
 
 class TrainLoader:
     """Batches of the train split, endlessly; one iteration is about one pass over the rows.
 
-    The position is the number of batches given out, and a batch depends on nothing else, so saving
-    that number resumes exactly.
+    A batch depends on the seed and on the number of batches given out before it, and on nothing else,
+    so saving these two resumes exactly.
     """
 
     def __init__(
@@ -105,7 +101,8 @@ class TrainLoader:
         self._shards = cache.shards("train")
         self._hookpoint = hookpoint
         self._d_model = cache.d_model(hookpoint)
-        self._sampler = RowSampler([shard.rows for shard in self._shards], batch_size, seed)
+        self._batch_size, self._seed = batch_size, seed
+        self._sampler = self._make_sampler()
         self._rank, self._world_size = rank, world_size
         self._step = 0
 
@@ -120,12 +117,16 @@ class TrainLoader:
             yield self._batch(self._step - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position."""
-        return {"step": self._step}
+        """The position and the seed of the order."""
+        return {"step": self._step, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved position."""
-        self._step = state["step"]
+        """Continues from a saved position, in the saved order."""
+        self._step, self._seed = state["step"], state["seed"]
+        self._sampler = self._make_sampler()
+
+    def _make_sampler(self) -> RowSampler:
+        return RowSampler([shard.rows for shard in self._shards], self._batch_size, self._seed)
 
     def _batch(self, step: int) -> RowBatch:
         x: torch.Tensor | None = None

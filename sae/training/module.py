@@ -121,7 +121,10 @@ class SparseAutoencoderModule(lightning.LightningModule):
         """Builds the dictionary for the data's width, centred and scaled by the data's statistics."""
         if hasattr(self, "dictionary"):
             return
-        self.dictionary = self._make_dictionary(self.rows.d_model)
+        with torch.random.fork_rng(devices=[]):
+            # Start from the run's seed, whatever a harvest before this has drawn from the generator.
+            torch.manual_seed(torch.initial_seed())
+            self.dictionary = self._make_dictionary(self.rows.d_model)
         moments = self.rows.moments
         self.dictionary.set_input_statistics(moments.mean, moments.mean_squared_norm)
         self.dead_latents = DeadLatents(self.dictionary.n_latents, self._dead_after_tokens or 1)

@@ -48,7 +48,7 @@ def test_loader_continues_where_it_was_saved_across_passes(tiny_cache):
     iterator = iter(broken)
     for _ in range(70):
         next(iterator)
-    resumed = TrainLoader(tiny_cache, "resid.1", 64, 0, 0, 1)
+    resumed = TrainLoader(tiny_cache, "resid.1", 64, 7, 0, 1)  # another seed: the saved one counts
     resumed.load_state_dict(broken.state_dict())
     for ours, reference in zip(stream(resumed, 80), expected[70:], strict=True):
         assert torch.equal(ours, reference)

@@ -15,28 +15,39 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sae.cli import SaeCLI, exit_on_input_error
 from sae.errors import InputError
-from sae.runs import is_finished, open_run, prepare_folder, summary
+from sae.runs import checkpoint_to_resume, discard_run, is_finished, open_run, summary
 
 
 def main(args: list[str] | None = None) -> None:
     """Runs one experiment; `args` as on the command line."""
     cli = SaeCLI(args)
-    folder = cli.run_folder
-    checkpoint = prepare_folder(folder, cli.config_values, fresh=cli.config.fresh)
-    if is_finished(folder, cli.trainer.max_steps):
+    folder, config = cli.run_folder, cli.config_values
+    checkpoint = None if cli.config.fresh else checkpoint_to_resume(folder, config)
+    if not cli.config.fresh and is_finished(folder, config):
         print(f"{folder} is finished; --fresh starts over, a larger trainer.max_steps continues it.")
     else:
+        prepare(cli)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     report(cli)
 
 
 @rank_zero_only
+def prepare(cli: SaeCLI) -> None:
+    """Makes the cache where it is missing; only when all is well, discards a run to be started over."""
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup()
+    cli.datamodule.train_dataloader()
+    if cli.config.fresh:
+        discard_run(cli.run_folder)
+
+
+@rank_zero_only
 def report(cli: SaeCLI) -> None:
     """Prints the comparison and the clearest latents."""
-    run = open_run(cli.run_folder)
     print(f"\n{summary(cli.run_folder)}\n")
     try:
+        run = open_run(cli.run_folder)
         reading = run.reading()
     except InputError as error:  # a cache may be trained on where its language model is not
         print(f"Latents were not read: {error}")

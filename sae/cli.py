@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,13 +13,16 @@ from typing import Any, NoReturn
 import lightning
 import yaml
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from sae.activations import ActivationDataModule
 from sae.callbacks import NMFBaseline, PCABaseline, RunFolder, Throughput  # the first two: short names
 from sae.errors import InputError
+from sae.files import write_atomically
 from sae.training import SparseAutoencoderModule
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -46,6 +49,8 @@ class SaeCLI(LightningCLI):
                 "devices": "auto",
                 "gradient_clip_val": 1.0,
                 "num_sanity_val_steps": 0,
+                "val_check_interval": 500,
+                "check_val_every_n_epoch": None,
                 "enable_model_summary": False,
             },
             seed_everything_default=0,
@@ -86,7 +91,10 @@ class SaeCLI(LightningCLI):
             # Lightning calls jsonargparse by names that it has since replaced.
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
             warnings.filterwarnings("ignore", message=r"(?s).*JsonargparseDeprecationWarning")
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except (MisconfigurationException, ValueError) as error:
+                raise error if isinstance(error, InputError) else InputError(_shorten(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """The trainer, with checkpoints, TensorBoard and the run folder whatever the callbacks listed."""
@@ -99,13 +107,16 @@ class SaeCLI(LightningCLI):
         ]
         if config.enable_checkpointing is not False:
             extra.append(_Checkpoints(root / "checkpoints"))
-        callbacks = [*(config.callbacks or []), *extra]
+        listed = config.callbacks or []
+        callbacks = [*(listed if isinstance(listed, list) else [listed]), *extra]
         if config.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar(refresh_rate=20))
         self.config_init.trainer.callbacks = None
         if config.logger is None or config.logger is True:
             kwargs["logger"] = TensorBoardLogger(str(root), name="tensorboard", version="")
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        self.model.check_trainer(trainer)
+        return trainer
 
     @property
     def run_folder(self) -> Path:
@@ -123,7 +134,7 @@ class SaeCLI(LightningCLI):
 
     def save_config(self, path: Path) -> None:
         """Writes the whole configuration, readable by `--config`."""
-        path.write_text(yaml.safe_dump(self.config_values, sort_keys=False))
+        write_atomically(path, yaml.safe_dump(self.config_values, sort_keys=False).encode())
 
 
 class _Checkpoints(ModelCheckpoint):
@@ -198,9 +209,9 @@ class _Parser(LightningArgumentParser):
         self.exit()
 
 
-class _HelpAll(ActionConfigFile.__mro__[1]):  # argparse's Action, as jsonargparse knows it
+class _HelpAll(argparse.Action):
     def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, dest="==SUPPRESS==", default="==SUPPRESS==", nargs=0, help=help)
+        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
         parser.show_all_help()
@@ -241,7 +252,7 @@ def exit_on_input_error(command: Callable[[], None]) -> None:
     """Runs a command; bad input prints its message (once, on rank 0) and exits with status 2."""
     try:
         command()
-    except InputError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    except (InputError, MisconfigurationException) as error:
+        if getattr(rank_zero_only, "rank", None) in (None, 0):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ import yaml
 from sae.activations.cache import ActivationCache
 from sae.activations.datamodule import cache_folder, open_or_harvest
 from sae.activations.harvest import Source
-from sae.activations.language_model import load_language_model
+from sae.activations.language_model import load_language_model, weights_hash
 from sae.dictionaries import Dictionary, load_dictionary
 from sae.dictionaries.storage import read_dictionary_config
 from sae.errors import InputError
@@ -23,41 +23,67 @@ OUTPUTS = ("config.yaml", "metrics.json", "checkpoints", "dictionary", "tensorbo
 """All that a run writes into its folder."""
 
 
-def prepare_folder(folder: Path, config: dict[str, Any], fresh: bool) -> Path | None:
-    """Readies a run folder and returns the checkpoint to resume from, if there is one.
+def discard_run(folder: Path) -> None:
+    """Removes what an earlier run wrote into the folder; a folder without a run is left as it is."""
+    if not (folder / "config.yaml").is_file():
+        return
+    for name in OUTPUTS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def checkpoint_to_resume(folder: Path, config: dict[str, Any]) -> Path | None:
+    """The checkpoint that a run of `config` in this folder continues from; None if there is none.
 
     Raises:
         InputError: if the folder holds a run whose `model` or `data` differ (the keys are named).
     """
-    if fresh:
-        for name in OUTPUTS:
-            path = folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    saved = folder / "config.yaml"
-    if saved.is_file():
-        earlier = yaml.safe_load(saved.read_text())
-        differing = [
-            key for group in ("model", "data") for key in _differing(earlier[group], config[group], group)
-        ]
-        if differing:
-            raise InputError(
-                f"{folder} holds a run with another configuration; it differs in {', '.join(differing)}. Give"
-                " another `trainer.default_root_dir`, or `--fresh` to start over."
-            )
+    if not (folder / "config.yaml").is_file():
+        return None
+    earlier = read_config(folder)
+    differing = [
+        key for group in ("model", "data") for key in _differing(earlier[group], config[group], group)
+    ]
+    if differing:
+        raise InputError(
+            f"{folder} holds a run with another configuration; it differs in {', '.join(differing)}. Give"
+            " another `trainer.default_root_dir`, or `--fresh` to start over."
+        )
     last = folder / "checkpoints" / "last.ckpt"
     return last if last.is_file() else None
 
 
-def is_finished(folder: Path, max_steps: int) -> bool:
-    """Whether the run in the folder has been trained for `max_steps` and scored."""
+def is_finished(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the folder holds a run that was trained as long as `config` says, and scored."""
     path = folder / "metrics.json"
     if not path.is_file() or not (folder / "dictionary" / "config.json").is_file():
         return False
-    metrics = json.loads(path.read_text())
-    return bool(metrics.get("finished")) and metrics.get("steps", 0) >= max_steps
+    earlier, now = read_config(folder)["trainer"], config["trainer"]
+    as_long = all(earlier.get(key) == now[key] for key in ("max_steps", "max_epochs", "max_time"))
+    return as_long and bool(json.loads(path.read_text()).get("finished"))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a run was started with.
+
+    Raises:
+        InputError: if there is none, or it is not one of ours.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} is not a run folder (it has no config.yaml); give trainer.default_root_dir."
+        )
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from error
+    if not isinstance(config, dict) or not {"model", "data", "trainer"} <= set(config):
+        raise InputError(f"{path} is not the configuration of a run; name another trainer.default_root_dir.")
+    return config
 
 
 def _differing(earlier: Any, now: Any, key: str) -> list[str]:
@@ -89,7 +115,13 @@ class Run:
         """
         if self.model is None:
             raise InputError(f"the rows of {self.cache.folder} were imported; no tokens belong to them.")
-        return Reading(self.dictionary, self.cache, self.hookpoint, load_language_model(self.model))
+        language_model = load_language_model(self.model)
+        if weights_hash(language_model.model) != self.cache.manifest["model_hash"]:
+            raise InputError(
+                f"the weights of {self.model} are not those that the cache {self.cache.folder} was made with;"
+                " harvest it again."
+            )
+        return Reading(self.dictionary, self.cache, self.hookpoint, language_model)
 
 
 def open_run(folder: str | Path) -> Run:
@@ -99,12 +131,7 @@ def open_run(folder: str | Path) -> Run:
         InputError: if the folder holds none, or its cache is gone.
     """
     folder = Path(folder)
-    config_path = folder / "config.yaml"
-    if not config_path.is_file():
-        raise InputError(
-            f"{folder} is not a run folder (it has no config.yaml); give trainer.default_root_dir."
-        )
-    data = yaml.safe_load(config_path.read_text())["data"]
+    data = read_config(folder)["data"]
     source = Source(**data["source"]) if data.get("source") else None
     dictionary = load_dictionary(folder)
     saved = read_dictionary_config(folder)

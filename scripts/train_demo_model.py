@@ -11,6 +11,7 @@ written README.md come from the other side. Needs torch >= 2.9 for `torch.optim.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -69,6 +70,9 @@ def train_tokenizer(texts: list[str], out: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
     )
     tokenizer.save_pretrained(out)
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older transformers know too
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return tokenizer
 
 

@@ -1,6 +1,7 @@
 """The front door: one command from model and text to a trained dictionary; its errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import sae
 from sae.cli import SaeCLI, find_config
 from sae.errors import InputError
-from sae.runs import OUTPUTS, open_run
+from sae.runs import OUTPUTS, open_run, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -204,6 +206,68 @@ def test_another_configuration_in_the_same_folder_is_refused_and_loses_nothing(c
     assert torch.equal(before["W_dec"], _weights(tmp_path)["W_dec"])
 
 
+def test_fresh_with_bad_input_keeps_the_run_that_is_there(config, tmp_path):
+    main(["--config", str(config)])
+    before = _weights(tmp_path)
+    with pytest.raises(InputError, match="'resid.9' is not in the cache"):
+        main(["--config", str(config), "--fresh", "--data.hookpoint=resid.9"])
+    assert torch.equal(before["W_dec"], _weights(tmp_path)["W_dec"]) and _metrics(tmp_path)["finished"]
+
+
+def test_fresh_leaves_a_folder_that_holds_no_run_alone(config, tmp_path):
+    (tmp_path / "run" / "report").mkdir(parents=True)
+    (tmp_path / "run" / "report" / "thesis.tex").write_text("mine")
+    main(["--config", str(config), "--fresh"])
+    assert (tmp_path / "run" / "report" / "thesis.tex").read_text() == "mine"
+
+
+def test_finished_run_prints_its_table_even_when_its_cache_is_gone(config, tmp_path, tiny_source, capsys):
+    arguments = ["--config", str(config), f"--data.cache={tmp_path / 'own'}"]
+    main(arguments)
+    shutil.rmtree(tmp_path / "own")
+    capsys.readouterr()
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert summary(tmp_path / "run") in printed and "Latents were not read" in printed
+
+
+def test_latents_are_not_read_with_other_weights_than_the_caches(config, tmp_path, tiny_source):
+    changed = tmp_path / "model"
+    shutil.copytree(tiny_source.model, changed)
+    arguments = [
+        "--config",
+        str(config),
+        f"--data.source.model={changed}",
+        f"--data.cache={tmp_path / 'own'}",
+    ]
+    main(arguments)
+    weights = load_file(changed / "model.safetensors")
+    save_file({k: v + 0.01 for k, v in weights.items()}, changed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="are not those that the cache .* was made with"):
+        open_run(tmp_path / "run").reading()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"), [("[1, 2", "cannot be read"), ("a: 1", "is not the configuration of a run")]
+)
+def test_damaged_config_of_a_run_is_an_error(config, tmp_path, text, match):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=match):
+        main(["--config", str(config)])
+
+
+def test_a_single_callback_may_be_given_without_a_list(config, tmp_path):
+    main(["--config", str(config), "--trainer.callbacks=PCABaseline", "--trainer.max_steps=20"])
+    assert set(_metrics(tmp_path)["baselines"]) == {"pca"}
+
+
+def test_tokens_seen_count_accumulated_batches(config, tmp_path):
+    arguments = ["--trainer.accumulate_grad_batches=2", "--trainer.max_steps=10", "--trainer.callbacks=[]"]
+    main(["--config", str(config), *arguments])
+    assert _metrics(tmp_path)["tokens_seen"] == 10 * 2 * 128
+
+
 def test_runs_without_any_listed_callback(config, tmp_path):
     main(["--config", str(config), "--trainer.callbacks=[]", "--trainer.max_steps=20"])
     assert (
@@ -262,14 +326,19 @@ def test_run_can_be_opened_and_read(config, tmp_path):
         (["--data.source.n_tokens=9000"], r"differs in n_tokens \(cache: 8000, config: 9000\)"),
         (["--data.cache=nowhere", "--data.source=null"], "does not exist and there is no `data.source`"),
         (["--model.dictionary.class_path=PCA"], "dictionary"),
+        (["--data.source.held_out=0"], "`held_out` must lie between 0 and 1"),
+        (["--data.batch_size=99999"], r"`batch_size` must be in \[1, "),
+        (["--trainer.accelerator=gpu"], "CUDA|gpu|GPU"),
+        (["--trainer.devices=0"], "devices"),
+        (["--trainer.precision=bf16-true"], "`trainer.precision` bf16-true is not supported"),
+        (["--trainer.max_steps=-1"], "the schedule needs an end"),
     ],
 )
 def test_bad_input_is_one_short_error_and_leaves_nothing(config, tmp_path, arguments, match):
     with pytest.raises(InputError, match=match) as caught:
         main(["--config", str(config), *arguments])
     assert len(str(caught.value)) <= 500 and "Traceback" not in str(caught.value)
-    left = {path.name for path in (tmp_path / "run").glob("*")}
-    assert not left & {"config.yaml", "metrics.json", "dictionary", "checkpoints"}
+    assert list((tmp_path / "run").glob("*")) == []
 
 
 def test_config_is_found_by_bare_name_or_refused_with_those_there_are():

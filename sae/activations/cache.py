@@ -87,20 +87,22 @@ class ActivationCache:
                 f"the cache {self.folder} is not finished; run scripts/cache_activations.py with its config"
                 " to continue the harvest."
             )
+        for entry in self.manifest["files"]:
+            self._checked(entry)
         self._shards: dict[str, list[Shard]] = {"train": [], "held_out": []}
         for entry in self.manifest["shards"]:
-            self._shards[entry["split"]].append(self._open_shard(entry))
+            self._shards[entry["split"]].append(Shard(self._checked(entry), entry["rows"]))
 
-    def _open_shard(self, entry: Mapping[str, Any]) -> Shard:
+    def _checked(self, entry: Mapping[str, Any]) -> Path:
+        """The path of a file of the manifest, if it is there and as long as it was written."""
         path = self.folder / entry["file"]
         size = path.stat().st_size if path.is_file() else None
         if size != entry["bytes"]:
             found = "is missing" if size is None else f"has {size:,} bytes"
             raise InputError(
-                f"shard {path} {found}, the manifest says {entry['bytes']:,}; delete the folder and harvest"
-                " again."
+                f"{path} {found}, the manifest says {entry['bytes']:,}; delete the folder and harvest again."
             )
-        return Shard(path, entry["rows"])
+        return path
 
     @property
     def hookpoints(self) -> list[str]:
@@ -182,17 +184,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise InputError(f"{path} has format {found!r}, this version reads {FORMAT!r}.")
-    _check_file_names(path, manifest)
+    try:
+        _check_file_names(path, manifest)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is incomplete ({error}); delete the folder and harvest again.") from error
     return manifest
 
 
 def _check_file_names(path: Path, manifest: Mapping[str, Any]) -> None:
-    names = [entry["file"] for entry in manifest["shards"]]
+    names = [entry["file"] for entry in [*manifest["shards"], *manifest["files"]]]
     for name in names:
         if Path(name).name != name:
-            raise InputError(f"{path} names the shard {name!r}; shards lie in the cache's own folder.")
+            raise InputError(f"{path} names the file {name!r}; all files lie in the cache's own folder.")
     if len(set(names)) != len(names):
-        raise InputError(f"{path} lists a shard twice; delete the folder and harvest again.")
+        raise InputError(f"{path} lists a file twice; delete the folder and harvest again.")
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -38,11 +38,13 @@ class ActivationDataModule(lightning.LightningDataModule):
             batch_size: rows (tokens) per training step, over all ranks.
         """
         super().__init__()
+        if source is not None:
+            source.check()
         self.source = source
         self.folder = cache_folder(cache, source)
         self.batch_size = batch_size
         self.hookpoint = hookpoint or ""
-        self._loader: TrainLoader | None = None
+        self._moments: Moments | None = None
 
     def prepare_data(self) -> None:
         """Harvests the cache where it is missing or unfinished (one process per node does this)."""
@@ -68,7 +70,9 @@ class ActivationDataModule(lightning.LightningDataModule):
     @property
     def moments(self) -> Moments:
         """Mean and second moments of the train rows; known after `setup`."""
-        return self.cache.moments(self.hookpoint)
+        if self._moments is None:
+            self._moments = self.cache.moments(self.hookpoint)
+        return self._moments
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches of the train split, resumable."""

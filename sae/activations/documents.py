@@ -89,8 +89,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-            yield from batch.column("text").to_pylist()
-    except (pyarrow.ArrowException, KeyError) as error:
+            yield from map(_text_of, batch.to_pylist())
+    except (pyarrow.ArrowException, KeyError, TypeError) as error:
         raise InputError(f"`dataset`: {path} has no readable `text` column ({error}).") from error
 
 
@@ -99,18 +99,22 @@ def _stream_from_hub(dataset: str) -> Iterator[str]:
 
     name, _, config = dataset.partition(":")
     try:
-        stream = load_dataset(name, config or None, split="train", streaming=True)
-    except Exception as error:
+        for row in load_dataset(name, config or None, split="train", streaming=True):
+            yield _text_of(row)
+    except Exception as error:  # the hub's client raises dozens of kinds; all end the reading
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"`dataset` {dataset!r} is neither a local file nor a data set that could be opened: {line}."
-            " Give `demo`, a .txt, .jsonl or .parquet file, or check the network."
+            f"`dataset` {dataset!r} is not a local file, and could not be read as a Hugging Face data set"
+            f" with a `text` column: {line}. Give `demo`, a .txt, .jsonl or .parquet file, or check the"
+            " network."
         ) from error
-    return (_text_of(row) for row in stream)
 
 
 def _text_of(row: dict[str, Any]) -> str:
+    """The `text` of a row: a missing value counts as empty, halves of surrogate pairs are replaced."""
     text = row["text"]
+    if text is None:
+        return ""
     if not isinstance(text, str):
         raise TypeError(f"`text` is {type(text).__name__}")
-    return text
+    return text.encode("utf-8", "replace").decode()

@@ -33,13 +33,18 @@ from sae.ops.moments import StreamingMoments
 
 SHARD_BYTES = 256 * 2**20
 """Aim for the size of a shard, bytes."""
-CONTEXTS_AT_ONCE = 32
+TOKENS_AT_ONCE = 4096
+"""Tokens per forward pass, in whole contexts."""
 _ORDER_SEED = 0  # the order on disk is part of the format, not of an experiment
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a cache is made from. Two equal sources give the same cache."""
+    """What a cache is made from, by name.
+
+    Names say nothing of contents: the manifest has hashes of the model's weights and of the tokens, and
+    latents are read only with the weights that the cache was made with.
+    """
 
     model: str = "demo"
     """`demo`, a folder with a transformers model and its tokenizer, or a Hugging Face id."""
@@ -56,7 +61,8 @@ class Source:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """How rows are stored; auto keeps the model's own dtype."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises `InputError` for values out of range (not on construction: the parser would hide it)."""
         for name in ("n_tokens", "context_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1, got {name}={getattr(self, name)}.")
@@ -87,6 +93,7 @@ def harvest(source: Source, folder: Path, device: str = "cpu") -> ActivationCach
         InputError: for anything wrong with the source, too little disk, or activations that are not
             finite.
     """
+    source.check()
     language_model = load_language_model(source.model, device)
     check_hookpoints(language_model.model, source.hookpoints)
     _check_context_length(language_model, source.context_length)
@@ -117,8 +124,7 @@ class _Harvest:
         self.document_ids = torch.cat([split.document_ids for split in splits])
         self.n_train = len(splits[0].token_ids)
         _check_vocabulary(language_model, self.token_ids)
-        probe = residuals(self.model, self.token_ids[:1, :2].long(), source.hookpoints)
-        self.d_model = {name: x.shape[-1] for name, x in probe.items()}
+        self.d_model = self._probe()
         self.dtype = self.model.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
         self.moments = {name: StreamingMoments() for name in source.hookpoints}
         self.shards = self._plan()
@@ -138,6 +144,17 @@ class _Harvest:
                 write_manifest(self.folder, manifest)
         finish_cache(self.folder, manifest, {name: m.moments() for name, m in self.moments.items()})
         return ActivationCache(self.folder)
+
+    def _probe(self) -> dict[str, int]:
+        """Runs one context: the width at each hookpoint, and whether the model takes such contexts."""
+        try:
+            probe = residuals(self.model, self.token_ids[:1].long(), self.source.hookpoints)
+        except (IndexError, RuntimeError) as error:
+            raise InputError(
+                f"{self.source.model} cannot run a context of `context_length`={self.source.context_length}"
+                f" tokens ({str(error).splitlines()[0]}); lower it."
+            ) from error
+        return {name: x.shape[-1] for name, x in probe.items()}
 
     def _plan(self) -> list[_PlannedShard]:
         """Which contexts go into which shard, and the order of the rows in each: a pure function."""
@@ -160,7 +177,7 @@ class _Harvest:
         rows = self.token_ids.numel()
         needed = rows * (row_bytes(self.d_model, self.dtype) + 16)  # 16: token, document and order files
         self.folder.mkdir(parents=True, exist_ok=True)
-        present = [path for path in self.folder.iterdir() if path.is_file()]
+        present = [path for path in self.folder.iterdir() if path.suffix != ".tmp"]
         if present and not (self.folder / "manifest.json").is_file():
             raise InputError(
                 f"`cache` {self.folder} holds files but no activation cache; name a folder of its own."
@@ -234,7 +251,8 @@ class _Harvest:
 
     def _write(self, shard: _PlannedShard, bar: tqdm) -> dict[str, Any]:
         parts: dict[str, list[Tensor]] = {name: [] for name in self.source.hookpoints}
-        for sequences in shard.sequences.split(CONTEXTS_AT_ONCE):
+        at_once = max(1, TOKENS_AT_ONCE // self.source.context_length)
+        for sequences in shard.sequences.split(at_once):
             ids = self.token_ids[sequences].long()
             for name, x in residuals(self.model, ids, self.source.hookpoints).items():
                 parts[name].append(x.flatten(0, 1).to("cpu", self.dtype))

@@ -49,8 +49,13 @@ def residuals(
     check_hookpoints(model, hookpoints)
     found: dict[str, Tensor] = {}
     with _capturing(model, hookpoints, found), contextlib.suppress(_AllFound):
-        model(input_ids=input_ids.to(model.device))
+        model(input_ids=input_ids.to(model.device), **({"use_cache": False} if _caches(model) else {}))
     return {name: found[name] for name in hookpoints}
+
+
+def _caches(model: PreTrainedModel) -> bool:
+    """Whether a forward pass would build a key-value cache, which nobody reads here."""
+    return bool(getattr(model.config.get_text_config(), "use_cache", False))
 
 
 class _AllFound(Exception):

@@ -68,7 +68,7 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
@@ -104,19 +104,28 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
     """The norm between the last block and the unembedding, or None if there is none.
 
-    Found as the module beside the blocks, registered after them, that has a gain of width d_model and
-    no matrix.
+    Found by running two tokens: the first module after the last block whose parameters are all vectors
+    of width d_model. Where it is registered and what it is called differ between architectures.
     """
-    name, _ = find_blocks(model)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    children = list(parent.named_children())
-    after = [module for _, module in children[[n for n, _ in children].index(name.rpartition(".")[2]) + 1 :]]
+    blocks = find_blocks(model)[1]
     width = model.config.get_text_config().hidden_size
-    for module in after:
+    ran: list[nn.Module] = []
+
+    def note(module: nn.Module, *_: Any) -> None:
         shapes = [tuple(p.shape) for p in module.parameters()]
-        if shapes and all(shape == (width,) for shape in shapes):
-            return module
-    return None
+        if module is blocks[-1]:
+            ran.clear()
+        elif shapes and all(shape == (width,) for shape in shapes):
+            ran.append(module)
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran[0] if ran else None
 
 
 def norm_gain(norm: nn.Module, d_model: int) -> Float[Tensor, " d_model"]:
@@ -138,13 +147,16 @@ def norm_gain(norm: nn.Module, d_model: int) -> Float[Tensor, " d_model"]:
 def unembedding(language_model: LanguageModel) -> Float[Tensor, "vocabulary d_model"] | None:
     """W_U with the final norm's gain folded in and the vocabulary's mean row removed; float32.
 
-    None for models without a causal head: an encoder's head is not a linear map of the residual.
+    None for models without a causal head on the residual stream: an encoder's head is not a linear map
+    of it, and some decoders project it to another width first.
     """
     model = language_model.model
     head = model.get_output_embeddings()
     if head is None or type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return None
-    W_U = head.weight.detach().float().cpu()
+    W_U = next(head.parameters()).detach().float().cpu()
+    if W_U.shape[1] != model.config.get_text_config().hidden_size:
+        return None
     norm = final_norm(model)
     if norm is not None:
         W_U = W_U * norm_gain(norm, W_U.shape[1])

@@ -106,8 +106,7 @@ class NMF(Baseline):
         if head is None:
             raise InputError("`batches` must give at least one row, got none.")
         learner = _Learner(_start(head, self.n_latents, torch.Generator().manual_seed(self.seed)))
-        # The moments may be of more rows than `batches` gives; a short head is all there is.
-        n_rows = len(head) if len(head) < _START_ROWS else moments.count
+        n_rows = sum(len(rows) for rows in batches)  # the moments may be of more
         size = min(max(n_rows // 64, _MIN_ROWS), _MAX_ROWS)
         before, fall = torch.inf, 1.0
         for _ in range(self.passes):

@@ -31,8 +31,11 @@ class _BaselineCallback(lightning.Callback):
     name: str
 
     def __init__(self, n_components: int | None, curve: list[int] | None, max_rows: int) -> None:
-        if max_rows < 1:
-            raise InputError(f"`max_rows` must be at least 1, got {max_rows}.")
+        for argument, value in (("max_rows", max_rows), ("n_components", n_components)):
+            if value is not None and value < 1:
+                raise InputError(f"`{argument}` must be at least 1, got {argument}={value}.")
+        if curve is not None and any(r < 1 for r in curve):
+            raise InputError(f"`curve` must hold numbers of components, at least 1, got {curve}.")
         self._n_components = n_components
         self._curve_at = curve
         self._max_rows = max_rows
@@ -76,7 +79,7 @@ class _BaselineCallback(lightning.Callback):
             return
         data, device = _datamodule(trainer), pl_module.device
         curve_at = [data.d_model // part for part in (8, 4, 2)] if self._curve_at is None else self._curve_at
-        numbers = [self._n_components, *sorted({r for r in curve_at if r >= 1})]
+        numbers = [self._n_components, *sorted({max(1, r) for r in curve_at})]
         for r in tqdm(numbers, desc=f"fit {self.name}", leave=False):
             begin = time.perf_counter()
             fitted = self._fit(data, r, device)

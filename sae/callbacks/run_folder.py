@@ -80,7 +80,7 @@ class RunFolder(lightning.Callback):
             "finished": finished,
             **pl_module.scores._asdict(),
             "steps": trainer.global_step,
-            "tokens_seen": trainer.global_step * pl_module.rows.batch_size,
+            "tokens_seen": trainer.global_step * pl_module.tokens_per_step,
             "tokens_per_s": throughput[0] if throughput else None,
             "wall_s": self._wall_s(),
             "d_model": dictionary.d_model,

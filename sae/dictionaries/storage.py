@@ -92,7 +92,7 @@ def read_dictionary_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON ({error}); the dictionary was damaged.") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.get("format") != FORMAT or "kind" not in config:
         found = config.get("format") if isinstance(config, dict) else None
         raise InputError(f"{path} has format {found!r}, expected {FORMAT!r}; is it another tool's file?")
     return config

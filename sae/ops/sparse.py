@@ -137,7 +137,9 @@ def _at_entries(grad: Tensor, W_dec: Tensor, code: SparseLatents) -> Tensor:
 def _transposed(code: SparseLatents, n_latents: int) -> Tensor:
     """The code as an (n_latents, rows) CSR matrix: entries sorted by latent, rows ascending in each."""
     by_latent = code.indices.argsort(stable=True)
-    ends = F.pad(torch.bincount(code.indices, minlength=n_latents).cumsum(0), (1, 0))
+    # Not bincount: on a GPU that waits for the device to learn its own length.
+    counts = code.indices.new_zeros(n_latents).scatter_add_(0, code.indices, torch.ones_like(code.indices))
+    ends = F.pad(counts.cumsum(0), (1, 0))
     return _csr(ends, code.rows[by_latent], code.values[by_latent], (n_latents, code.n_rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +18,8 @@ from sae.ops.moments import Moments
 from sae.training.dead_latents import DeadLatents
 from sae.training.losses import auxk_loss, reconstruction_loss
 from sae.training.schedules import learning_rate_for_width, warmup_then_decay
+
+_PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
 @runtime_checkable
@@ -117,10 +120,29 @@ class SparseAutoencoderModule(lightning.LightningModule):
         with torch.device("meta"):
             self._make_dictionary(1)
 
+    @staticmethod
+    def check_trainer(trainer: lightning.Trainer) -> None:
+        """Raises `InputError` for settings of the Trainer that this training cannot be run with."""
+        if trainer.precision not in _PRECISIONS:
+            raise InputError(
+                f"`trainer.precision` {trainer.precision} is not supported (weights stay in full precision);"
+                f" use {', '.join(_PRECISIONS)}."
+            )
+        if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
+            raise InputError(
+                "`trainer.max_steps` or `trainer.max_epochs` must be given: the schedule needs an end."
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Rows that one optimiser step sees, over all ranks."""
+        return self.rows.batch_size * self.trainer.accumulate_grad_batches
+
     def configure_model(self) -> None:
         """Builds the dictionary for the data's width, centred and scaled by the data's statistics."""
         if hasattr(self, "dictionary"):
             return
+        self.check_trainer(self.trainer)
         with torch.random.fork_rng(devices=[]):
             # Start from the run's seed, whatever a harvest before this has drawn from the generator.
             torch.manual_seed(torch.initial_seed())
@@ -130,17 +152,10 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self.dead_latents = DeadLatents(self.dictionary.n_latents, self._dead_after_tokens or 1)
 
     def on_fit_start(self) -> None:
-        """Settles after how many tokens a latent counts as dead.
-
-        Raises:
-            InputError: for a precision that scales its gradients.
-        """
-        if self.trainer.precision == "16-mixed":
-            raise InputError("`trainer.precision` 16-mixed is not supported; use bf16-mixed or 32-true.")
-        planned = int(self.trainer.estimated_stepping_batches) * self.rows.batch_size
-        self.dead_latents.dead_after_tokens = self._dead_after_tokens or max(
-            1, min(10_000_000, planned // 20)
-        )
+        """Settles after how many tokens a latent counts as dead."""
+        planned = int(self.trainer.estimated_stepping_batches) * self.tokens_per_step
+        after = self._dead_after_tokens or max(1, min(10_000_000, planned // 20))
+        self.dead_latents.dead_after_tokens = after
 
     def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
         """The loss of one batch; on logging steps also its parts."""
@@ -158,7 +173,8 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self.dead_latents.update(code.latents, self.global_step)
         if self._logs_now:
             firing = (code.latents.values > 0).sum() / code.latents.n_rows
-            self.log("train/fvu", reconstruction, prog_bar=True)
+            about_mean = (u - u.mean(0)).square().mean()  # of these rows, as everywhere
+            self.log("train/fvu", reconstruction / about_mean, prog_bar=True)
             self.log("train/l0", firing)
             self.log("train/dead_fraction", self.dead_latents.fraction(), prog_bar=True)
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -232,5 +248,10 @@ class SparseAutoencoderModule(lightning.LightningModule):
     def _finish_scores(self, stage: str) -> None:
         assert self._held_out is not None
         self._scores = self._held_out.compute()
+        if self._scores.fvu is not None and not math.isfinite(self._scores.fvu):
+            raise InputError(
+                f"training diverged: the held-out FVU is {self._scores.fvu} at step {self.global_step}; lower"
+                f" `lr` (it was {self._lr or 'the rule'}). The checkpoint before is kept."
+            )
         known = {name: value for name, value in self._scores._asdict().items() if value is not None}
         self.log_dict({f"{stage}/{name}": value for name, value in known.items()})

@@ -129,7 +129,7 @@ def test_interrupted_harvest_keeps_finished_shards_and_ends_the_same(
 def test_truncated_shard_is_an_error(copied):
     shard = copied / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"shard .*shard-00000.* has [\d,]+ bytes, the manifest says"):
+    with pytest.raises(InputError, match=r"shard-00000.* has [\d,]+ bytes, the manifest says"):
         ActivationCache(copied)
 
 
@@ -137,6 +137,17 @@ def test_missing_shard_is_an_error(copied):
     (copied / "shard-00001.safetensors").unlink()
     with pytest.raises(InputError, match=r"shard-00001.* is missing"):
         ActivationCache(copied)
+
+
+def test_missing_statistics_are_an_error(copied):
+    (copied / "moments.safetensors").unlink()
+    with pytest.raises(InputError, match=r"moments.safetensors is missing"):
+        ActivationCache(copied)
+
+
+def test_harvest_continues_after_a_kill_during_the_first_write(tiny_source, tmp_path):
+    (tmp_path / "manifest.json.tmp").write_text("{")
+    assert harvest(tiny_source, tmp_path).manifest["finished"]
 
 
 def test_flipped_byte_is_found_by_verify(copied):
@@ -173,7 +184,8 @@ def test_rows_disagreeing_with_the_manifest_are_an_error(copied):
     [
         ({"format": "sae-activation-cache/9"}, "has format 'sae-activation-cache/9'"),
         ({"finished": False}, "is not finished"),
-        ({"shards": [{"file": "../x", "split": "train", "rows": 1, "bytes": 1}]}, "names the shard '../x'"),
+        ({"shards": None}, "is incomplete"),
+        ({"shards": [{"file": "../x", "split": "train", "rows": 1, "bytes": 1}]}, "names the file '../x'"),
     ],
 )
 def test_manifests_that_cannot_be_used_are_errors(copied, changes, match):
@@ -228,6 +240,23 @@ def test_folder_with_other_files_is_left_alone(tiny_source, tmp_path):
 def test_context_longer_than_the_model_is_an_error(tiny_source, tmp_path):
     with pytest.raises(InputError, match="`context_length` must be at most 64"):
         harvest(Source(**{**tiny_source.__dict__, "context_length": 65}), tmp_path / "long")
+
+
+def test_context_that_the_model_cannot_run_is_an_error(tmp_path, byte_tokenizer, text_file):
+    """RoBERTa keeps two of its positions for itself."""
+    import transformers
+
+    config = transformers.RobertaConfig(
+        vocab_size=257, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=40, pad_token_id=0,
+    )  # fmt: skip
+    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    source = Source(
+        str(tmp_path / "model"), str(text_file), ["resid.1"], 4000, context_length=40, held_out=0.2
+    )
+    with pytest.raises(InputError, match="cannot run a context of `context_length`=40"):
+        harvest(source, tmp_path / "cache")
 
 
 def test_imported_rows_come_back_shuffled_with_their_statistics(tmp_path):

@@ -109,7 +109,7 @@ def test_default_folder_is_named_after_the_source():
 )
 def test_source_out_of_range_is_an_error(changes, match):
     with pytest.raises(InputError, match=match):
-        Source(**changes)
+        ActivationDataModule(source=Source(**changes))
 
 
 def test_reading_a_cache_needs_no_language_model(tiny_cache, monkeypatch):

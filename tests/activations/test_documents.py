@@ -31,6 +31,13 @@ def test_jsonl_parquet_and_globs_give_their_texts_in_order(tmp_path):
     assert list(read_documents(str(tmp_path / "*"))) == ["a", "b", "c", "d"]
 
 
+def test_missing_texts_are_empty_and_broken_characters_are_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "a\\ud800b"}\n')
+    assert list(read_documents(str(tmp_path / "a.jsonl"))) == ["", "a?b"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["c", None]}), tmp_path / "b.parquet")
+    assert list(read_documents(str(tmp_path / "b.parquet"))) == ["c", ""]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
@@ -53,7 +60,7 @@ def test_missing_file_is_an_error(tmp_path):
 
 
 def test_data_set_that_cannot_be_reached_is_one_clear_error():
-    with pytest.raises(InputError, match="neither a local file nor a data set that could be opened"):
+    with pytest.raises(InputError, match="could not be read as a Hugging Face data set"):
         list(read_documents("nobody/such-a-data-set"))
 
 

@@ -26,11 +26,32 @@ GATED = {
     "num_key_value_heads": 1,
     "head_dim": 8,
 }
+
+
+def _opt(embedding_width):
+    return transformers.OPTConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32,
+        max_position_embeddings=40, word_embed_proj_dim=embedding_width,
+    )  # fmt: skip
+
+
 CAUSAL = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     ),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            bos_token_id=0,
+            eos_token_id=0,
+        )  # fmt: skip
+    ),
+    "opt": lambda: transformers.OPTForCausalLM(_opt(16)),
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**GATED)),
 }
 
@@ -54,6 +75,11 @@ def test_unembedding_gives_the_models_own_logits_up_to_a_constant(model, byte_to
     logits = model(input_ids=ids).logits - model.get_output_embeddings()(bias)
     ours = normalised @ unembedding(LanguageModel("m", model, byte_tokenizer)).T
     torch.testing.assert_close(ours, logits - logits.mean(-1, keepdim=True), rtol=1e-3, atol=1e-3)
+
+
+def test_no_unembedding_where_the_head_has_another_width(byte_tokenizer):
+    model = transformers.OPTForCausalLM(_opt(8))
+    assert unembedding(LanguageModel("m", model, byte_tokenizer)) is None
 
 
 def test_norm_gain_is_read_from_the_function_not_the_weight():

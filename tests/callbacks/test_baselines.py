@@ -55,6 +55,14 @@ def test_baseline_asked_for_before_training_is_an_error():
         _ = PCABaseline().baseline
 
 
-def test_no_rows_to_fit_on_is_an_error():
-    with pytest.raises(InputError, match="`max_rows` must be at least 1, got 0"):
-        NMFBaseline(max_rows=0)
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"max_rows": 0}, "`max_rows` must be at least 1, got max_rows=0"),
+        ({"n_components": 0}, "`n_components` must be at least 1"),
+        ({"curve": [4, 0]}, "`curve` must hold numbers of components"),
+    ],
+)
+def test_numbers_out_of_range_are_errors(arguments, match):
+    with pytest.raises(InputError, match=match):
+        NMFBaseline(**arguments)

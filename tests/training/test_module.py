@@ -1,7 +1,5 @@
 """Training: recovery of planted directions, exact resume, unit norm, what is logged."""
 
-from types import SimpleNamespace
-
 import lightning
 import pytest
 import torch
@@ -44,8 +42,8 @@ def world_cache(tmp_path_factory):
     )
 
 
-def _fit(cache, tmp_path, max_steps, module=None, batch_size=256, ckpt_path=None, **kwargs):
-    lightning.seed_everything(0, verbose=False)
+def _fit(cache, tmp_path, max_steps, module=None, batch_size=256, ckpt_path=None, seed=0, **kwargs):
+    lightning.seed_everything(seed, verbose=False)
     module = module or SparseAutoencoderModule(_topk(32, 2), warmup_steps=5, dead_after_tokens=600)
     data = ActivationDataModule(str(cache.folder), batch_size=batch_size)
     trainer = _trainer(tmp_path, max_steps, **kwargs)
@@ -93,7 +91,8 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(world_cache, tmp
 
 def test_same_seed_same_weights_and_another_seed_other_weights(world_cache, tmp_path):
     first, again = (_fit(world_cache, tmp_path, 12)[0].dictionary.W_dec for _ in range(2))
-    assert torch.equal(first, again)
+    other = _fit(world_cache, tmp_path, 12, seed=1)[0].dictionary.W_dec
+    assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
 def test_dead_latents_come_back_through_auxk_and_not_without_it(world_cache, tmp_path):
@@ -123,8 +122,9 @@ def test_bf16_mixed_trains_with_float32_weights(world_cache, tmp_path):
     )
     assert module.dictionary.W_dec.dtype == torch.float32
     reference, _ = _fit(world_cache, tmp_path, 100, module=SparseAutoencoderModule(_topk(32, 2), lr=3e-3))
-    x = torch.randn(500, 12)
+    x = torch.cat([batch.x for batch in world_cache.batches("held_out", "acts", 512)])
     error = lambda m: (m.dictionary(x).x_hat - x).square().sum().item()  # noqa: E731
+    assert error(reference) < 0.5 * (x - x.mean(0)).square().sum()
     assert error(module) == pytest.approx(error(reference), rel=0.1)
 
 
@@ -149,11 +149,21 @@ def test_quiet_steps_log_nothing_and_never_wait_for_the_device(world_cache, tmp_
     assert sum(bool(step) for step in per_step) <= 4  # refreshes of the dead list: every 10 steps
 
 
-def test_fp16_gradients_are_refused():
-    module = SparseAutoencoderModule(_topk(8, 2))
-    module.trainer = SimpleNamespace(precision="16-mixed")
-    with pytest.raises(InputError, match="16-mixed is not supported; use bf16-mixed"):
-        module.on_fit_start()
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_weights_in_low_precision_are_refused(world_cache, tmp_path, precision):
+    with pytest.raises(InputError, match=f"`trainer.precision` {precision} is not supported .* use 32-true"):
+        _fit(world_cache, tmp_path, 3, precision=precision)
+
+
+def test_training_without_an_end_is_refused(world_cache, tmp_path):
+    with pytest.raises(InputError, match="the schedule needs an end"):
+        _fit(world_cache, tmp_path, -1, max_epochs=-1)
+
+
+def test_diverged_training_is_said_with_its_step(world_cache, tmp_path):
+    module = SparseAutoencoderModule(_topk(32, 2), lr=1e30, warmup_steps=0)
+    with pytest.raises(InputError, match=r"training diverged: .* at step \d+; lower `lr` \(it was 1e\+30"):
+        _fit(world_cache, tmp_path, 14, module, gradient_clip_val=None)
 
 
 @pytest.mark.parametrize(

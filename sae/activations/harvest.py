@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor
@@ -255,7 +256,8 @@ class _Harvest:
         for sequences in shard.sequences.split(at_once):
             ids = self.token_ids[sequences].long()
             for name, x in residuals(self.model, ids, self.source.hookpoints).items():
-                parts[name].append(x.flatten(0, 1).to("cpu", self.dtype))
+                rows = rearrange(x, "sequence position d_model -> (sequence position) d_model")
+                parts[name].append(rows.to("cpu", self.dtype))
             bar.update(ids.numel())
         tensors = {name: torch.cat(parts.pop(name))[shard.row_order] for name in self.source.hookpoints}
         self._check_finite(shard, tensors)

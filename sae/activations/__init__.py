@@ -3,5 +3,6 @@
 from sae.activations.cache import ActivationCache, RowBatch
 from sae.activations.datamodule import ActivationDataModule
 from sae.activations.harvest import Source, harvest
+from sae.activations.imported import import_rows
 
-__all__ = ["ActivationCache", "ActivationDataModule", "RowBatch", "Source", "harvest"]
+__all__ = ["ActivationCache", "ActivationDataModule", "RowBatch", "Source", "harvest", "import_rows"]

@@ -27,6 +27,8 @@ def main(args: list[str] | None = None) -> None:
         print(f"{folder} is finished; --fresh starts over, a larger trainer.max_steps continues it.")
     else:
         prepare(cli)
+        if checkpoint:
+            rank_zero_only(print)(f"resuming from {checkpoint}")
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     report(cli)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,13 +16,19 @@ import lightning
 import yaml
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sae.activations import ActivationDataModule
-from sae.callbacks import NMFBaseline, PCABaseline, RunFolder, Throughput  # the first two: short names
+from sae.callbacks import (  # the first two for their short names
+    NMFBaseline,
+    PCABaseline,
+    RunFolder,
+    Throughput,
+    TrainingBar,
+)
 from sae.errors import InputError
 from sae.files import write_atomically
 from sae.training import SparseAutoencoderModule
@@ -65,7 +73,12 @@ class SaeCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """The parser, with configurations found by bare name."""
         parser = self.parser_class(
-            description="Trains a sparse dictionary on cached activations, beside PCA and NMF.", **kwargs
+            description="Trains a sparse dictionary on cached activations, beside PCA and NMF.",
+            epilog="Most used, beside --config: --data.source.{model,dataset,hookpoints,n_tokens},"
+            " --model.dictionary.init_args.{n_latents,k}, --trainer.{max_steps,default_root_dir}. Lists"
+            " are written '[resid.2,resid.3]'. --data.source.help and --model.dictionary.help TopK show"
+            " the rest.",
+            **kwargs,
         )
         parser.add_argument(
             "-c", "--config", action=_FindConfig, help="YAML file; a bare name is looked up in configs/ too."
@@ -110,7 +123,8 @@ class SaeCLI(LightningCLI):
         listed = config.callbacks or []
         callbacks = [*(listed if isinstance(listed, list) else [listed]), *extra]
         if config.enable_progress_bar is not False:
-            callbacks.append(TQDMProgressBar(refresh_rate=20))
+            callbacks.append(TrainingBar())
+        self.config_init.trainer.enable_progress_bar = False  # Lightning's own: per pass, on standard output
         self.config_init.trainer.callbacks = None
         if config.logger is None or config.logger is True:
             kwargs["logger"] = TensorBoardLogger(str(root), name="tensorboard", version="")
@@ -190,7 +204,15 @@ class _Parser(LightningArgumentParser):
         """Prints the message alone and exits with 2."""
         if isinstance(ex, InputError):
             message = str(ex)
-        raise InputError(_shorten(message))
+        message = _shorten(message)
+        unknown = re.search(r"unrecognized arguments: --([^\s=]+)", message)
+        if unknown:
+            options = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+            close = difflib.get_close_matches(unknown[1], options, n=1)
+            message += f"; did you mean --{close[0]}?" if close else "; see --help and --help_all."
+        if "are required: model" in message:
+            message += "; give a configuration, e.g. --config quickstart.yaml"
+        raise InputError(message)
 
     def format_help(self) -> str:
         """Without the Trainer's hundred options unless asked."""
@@ -222,9 +244,15 @@ def _is_trainer(group: Any) -> bool:
 
 
 def _shorten(message: str) -> str:
-    """The lines of a parser's message that say something, within bounds."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    text = " ".join(lines)
+    """The part of a parser's message that says something, within bounds.
+
+    For `X | None` jsonargparse reports every alternative; the first one's error is the telling one.
+    """
+    telling = re.search(r"Errors:\s*- (.+?)(?:\n\s*- |\s*Given value|$)", message, re.DOTALL)
+    key = re.search(r'Parser key "([^"]+)"', message)
+    if telling and key:
+        message = f"{key[1]}: {telling[1]}"
+    text = " ".join(message.split())
     return text if len(text) <= LONGEST_ERROR else text[: LONGEST_ERROR - 1] + "…"
 
 
@@ -256,3 +284,6 @@ def exit_on_input_error(command: Callable[[], None]) -> None:
         if getattr(rank_zero_only, "rank", None) in (None, 0):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from what is finished.", file=sys.stderr)
+        sys.exit(130)

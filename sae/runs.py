@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from sae.activations.cache import ActivationCache
-from sae.activations.datamodule import cache_folder, open_or_harvest
+from sae.activations.datamodule import cache_folder
 from sae.activations.harvest import Source
 from sae.activations.language_model import load_language_model, weights_hash
 from sae.dictionaries import Dictionary, load_dictionary
@@ -75,7 +75,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         raise InputError(
-            f"{folder} is not a run folder (it has no config.yaml); give trainer.default_root_dir."
+            f"{folder} is not a run folder (it has no config.yaml); give a trainer.default_root_dir."
         )
     try:
         config = yaml.safe_load(path.read_text())
@@ -135,7 +135,13 @@ def open_run(folder: str | Path) -> Run:
     source = Source(**data["source"]) if data.get("source") else None
     dictionary = load_dictionary(folder)
     saved = read_dictionary_config(folder)
-    cache = open_or_harvest(cache_folder(data.get("cache"), source), None)
+    at = cache_folder(data.get("cache"), source)
+    if not (at / "manifest.json").is_file():
+        raise InputError(
+            f"the cache {at} of this run is gone; make it again with `python scripts/cache_activations.py"
+            f" --config {folder / 'config.yaml'}`."
+        )
+    cache = ActivationCache(at)
     return Run(folder, dictionary, saved["hookpoint"], saved["model"], cache)
 
 
@@ -152,6 +158,8 @@ def summary(folder: Path) -> str:
         f"{metrics['tokens_seen']:,} tokens seen in {metrics['steps']:,} steps, {rate} tokens/s,"
         f" {metrics['wall_s']:.0f} s in all"
     )
+    if round(metrics["l0"]) >= metrics["d_model"] and metrics["baselines"]:
+        lines.append("L0 is not below d_model: PCA is exact there, so the comparison says nothing.")
     return "\n".join(lines)
 
 

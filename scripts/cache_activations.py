@@ -18,6 +18,8 @@ from sae.cli import SaeCLI, exit_on_input_error
 def main() -> None:
     """Makes or verifies the cache."""
     arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\nThe configuration's own options:\n")
     verify = "--verify" in arguments
     cli = SaeCLI([argument for argument in arguments if argument != "--verify"])
     if verify:

@@ -228,7 +228,10 @@ def test_finished_run_prints_its_table_even_when_its_cache_is_gone(config, tmp_p
     capsys.readouterr()
     main(arguments)
     printed = capsys.readouterr().out
-    assert summary(tmp_path / "run") in printed and "Latents were not read" in printed
+    assert (
+        summary(tmp_path / "run") in printed
+        and "is gone; make it again with `python scripts/cache" in printed
+    )
 
 
 def test_latents_are_not_read_with_other_weights_than_the_caches(config, tmp_path, tiny_source):
@@ -318,7 +321,9 @@ def test_run_can_be_opened_and_read(config, tmp_path):
     ("arguments", "match"),
     [
         (["--model.nonsense=1"], "nonsense"),
-        (["--trainer.max_step=3"], "max_step"),
+        (["--modle.lr=1"], "did you mean --model.lr"),
+        (["--trainer.max_step=3"], "did you mean --trainer.max_steps"),
+        (["--data.source.hookpoints=resid.1"], "data.source: .*hookpoints.* Got value: resid.1$"),
         (["--model.dictionary.init_args.k=33"], r"`k` must be in \[1, n_latents=32\], got k=33"),
         (["--data.batch_size=many"], "batch_size"),
         (["--data.source.dtype=float8"], "dtype"),
@@ -363,6 +368,11 @@ def test_the_command_exits_with_2_and_no_traceback():
     )
     assert done.returncode == 2 and done.stderr.startswith("error: `--config` 'nope.yaml'")
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_no_configuration_is_an_error_that_says_what_to_give():
+    with pytest.raises(InputError, match="give a configuration, e.g. --config quickstart.yaml"):
+        SaeCLI([])
 
 
 def test_help_fits_two_screens_and_help_all_has_the_trainer(capsys):

@@ -27,8 +27,8 @@ def check_hookpoints(model: PreTrainedModel, hookpoints: list[str]) -> None:
     unknown = [name for name in hookpoints if name not in available]
     if unknown:
         raise InputError(
-            f"`hookpoints`: {type(model).__name__} has no {', '.join(unknown)}; it has {available[0]} to"
-            f" {available[-1]} ({', '.join(available)})."
+            f"`hookpoints`: {type(model).__name__} has no {', '.join(unknown)}; it has"
+            f" {', '.join(available)}."
         )
     if not hookpoints or len(set(hookpoints)) != len(hookpoints):
         raise InputError(f"`hookpoints` must name each hookpoint once and at least one, got {hookpoints}.")

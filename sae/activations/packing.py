@@ -108,8 +108,9 @@ def _cut(
     n_sequences = len(stream) // context_length
     if n_sequences == 0 and (split == "train" or held_out > 0):
         raise InputError(
-            f"the {split} split got {len(stream):,} tokens, less than one context of {context_length};"
-            f" raise `n_tokens`, lower `context_length`, or change `held_out`={held_out:g}."
+            f"the {split} split got {len(stream):,} tokens of {len(ids):,} documents, less than one context"
+            f" of {context_length}; documents are held out whole, so give more of them, raise `n_tokens`,"
+            f" lower `context_length`, or change `held_out`={held_out:g}."
         )
     kept = n_sequences * context_length
     of_document = np.concatenate(documents)[:kept] if documents else stream

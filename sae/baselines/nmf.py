@@ -16,7 +16,7 @@ from sae.errors import InputError
 from sae.ops.moments import Moments
 from sae.ops.nonnegative import nonnegative_codes
 from sae.ops.pursuit import nonnegative_pursuit
-from sae.ops.sparse import SparseLatents
+from sae.ops.sparse import SparseLatents, from_dense
 
 # Rows the start is made from, and rows in a mini-batch: about 64 updates a pass where the data allows.
 _START_ROWS = 10_000
@@ -132,8 +132,14 @@ class NMF(Baseline):
         return (self._codes(halves) * self._signed()[1]).reshape(*x.shape[:-1], self.n_latents)
 
     def sparse_code(self, x: Float[Tensor, "rows d_model"], k: int) -> SparseLatents:
-        """Non-negative pursuit of x - mean on `directions`, coefficients refitted by least squares."""
-        return nonnegative_pursuit(self._centred(x), self.directions, min(k, self.n_latents))
+        """Non-negative pursuit of x - mean on `directions`, coefficients refitted by least squares.
+
+        Where k allows all atoms there is nothing to pursue: the plain least-squares codes.
+        """
+        centred, atoms = self._centred(x), self.directions
+        if k >= self.n_latents:
+            return from_dense(nonnegative_codes(atoms @ atoms.T, centred @ atoms.T))
+        return nonnegative_pursuit(centred, atoms, k)
 
     @torch.no_grad()
     def objective(self, batches: Iterable[Tensor]) -> float:

@@ -1,7 +1,8 @@
 """Lightning callbacks: baselines beside the autoencoder, throughput, the run folder."""
 
 from sae.callbacks.baselines import NMFBaseline, PCABaseline
+from sae.callbacks.progress import TrainingBar
 from sae.callbacks.run_folder import RunFolder
 from sae.callbacks.throughput import Throughput
 
-__all__ = ["NMFBaseline", "PCABaseline", "RunFolder", "Throughput"]
+__all__ = ["NMFBaseline", "PCABaseline", "RunFolder", "Throughput", "TrainingBar"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,17 @@ class RunFolder(lightning.Callback):
             hookpoint=data.hookpoint,
             model=data.cache.manifest["model"],
         )
+
+    @rank_zero_only
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule, exception: BaseException
+    ) -> None:
+        """Says where an interrupted run stands."""
+        if isinstance(exception, KeyboardInterrupt):
+            print(
+                f"\nstopped at step {trainer.global_step}; the same command resumes from its checkpoint.",
+                file=sys.stderr,
+            )
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """The final metrics."""

@@ -106,7 +106,7 @@ class SparseAutoencoder(Dictionary):
 
     def encode_sparse(self, x: Float[Tensor, "... d_model"]) -> SparseLatents:
         """The latents that fire, in raw units, one CSR row per vector of x."""
-        u = self.normalise(x.reshape(-1, self.d_model))
+        u = self.normalise(self.rows_of(x))
         latents = self.select(F.linear(u, self.W_enc_rows, self.b_enc))
         return latents._replace(values=latents.values.relu() / self.input_scale).without_zeros()
 

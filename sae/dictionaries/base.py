@@ -83,7 +83,20 @@ class Dictionary(nn.Module, ABC):
 
     def encode_sparse(self, x: Float[Tensor, "... d_model"]) -> SparseLatents:
         """The code of `encode` in CSR form, one row per vector of x."""
-        return from_dense(self.encode(x.reshape(-1, self.d_model)))
+        return from_dense(self.encode(self.rows_of(x)))
+
+    def rows_of(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "rows d_model"]:
+        """X with its leading axes flattened.
+
+        Raises:
+            InputError: if its last axis is not d_model wide.
+        """
+        if x.shape[-1] != self.d_model:
+            raise InputError(
+                f"`x` must have d_model={self.d_model} columns, got shape {tuple(x.shape)}; is it of another"
+                " hookpoint or model?"
+            )
+        return x.reshape(-1, self.d_model)
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Output:
         """Encodes and decodes."""

@@ -55,7 +55,7 @@ def save_dictionary(
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:
-    """Loads what `save_dictionary` wrote.
+    """Loads what `save_dictionary` wrote, for use: in evaluation mode and without gradients.
 
     Args:
         folder: a run folder or the `dictionary` folder inside it.
@@ -78,7 +78,7 @@ def load_dictionary(folder: str | Path) -> Dictionary:
         dictionary.load_saved_tensors(tensors)
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"the dictionary in {folder} does not match its config.json: {error}") from error
-    return dictionary.eval()
+    return dictionary.eval().requires_grad_(False)
 
 
 def read_dictionary_config(folder: str | Path) -> dict[str, Any]:

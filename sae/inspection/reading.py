@@ -118,7 +118,9 @@ class Reading:
                 f"latent {reading.latent} never fired on the rows read (dead): only its direction is known"
             ]
         if reading.input_tokens:
-            lines.append("\nfires on              share of its activation   lift over base rate   firings")
+            lines.append(
+                "\nfires on (by share x log lift)   share of activation   lift over base rate   firings"
+            )
             lines += [
                 f"  {self._text(t.token):<22} {t.share:>10.1%} {t.lift:>24,.1f} {t.firings:>12,}"
                 for t in reading.input_tokens

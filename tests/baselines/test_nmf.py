@@ -197,3 +197,14 @@ def test_nmf_bad_input_raises(mixture: Tensor) -> None:
         NMF(32, 2).fit([], moments)
     with pytest.raises(InputError, match="`moments` must be of d_model=4 columns, got 32"):
         NMF(4, 2).fit([mixture], moments)
+
+
+def test_nmf_code_with_all_atoms_is_the_least_squares_optimum():
+    x = torch.randn(300, 6).double() * torch.arange(1.0, 7.0)
+    streaming = StreamingMoments()
+    streaming.add(x)
+    nmf = NMF(6, 5).double().fit([x], streaming.moments())
+    code = nmf.sparse_code(x, 50).to_dense(5)
+    for row, z in zip((x - x.mean(0))[:20].numpy(), code[:20].numpy(), strict=True):
+        best, _ = nnls(nmf.directions.T.numpy(), row)
+        np.testing.assert_allclose(z, best, atol=1e-3)

@@ -80,6 +80,12 @@ def test_forward_is_decode_of_encode(dictionary):
     )
 
 
+@pytest.mark.parametrize("width", [D - 1, 2 * D])
+def test_rows_of_another_width_are_an_error(dictionary, width):
+    with pytest.raises(InputError, match=f"must have d_model={D} columns, got"):
+        dictionary(torch.randn(4, width))
+
+
 def test_directions_are_unit_rows(dictionary):
     assert dictionary.directions.shape == (dictionary.n_latents, D)
     torch.testing.assert_close(dictionary.directions.norm(dim=1), torch.ones(dictionary.n_latents))

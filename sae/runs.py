@@ -12,8 +12,8 @@ import yaml
 
 from sae.activations.cache import ActivationCache
 from sae.activations.datamodule import cache_folder
-from sae.activations.harvest import Source
 from sae.activations.language_model import load_language_model, weights_hash
+from sae.activations.source import Source
 from sae.dictionaries import Dictionary, load_dictionary
 from sae.dictionaries.storage import read_dictionary_config
 from sae.errors import InputError

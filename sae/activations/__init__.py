@@ -2,7 +2,8 @@
 
 from sae.activations.cache import ActivationCache, RowBatch
 from sae.activations.datamodule import ActivationDataModule
-from sae.activations.harvest import Source, harvest
+from sae.activations.harvest import harvest
 from sae.activations.imported import import_rows
+from sae.activations.source import Source
 
 __all__ = ["ActivationCache", "ActivationDataModule", "RowBatch", "Source", "harvest", "import_rows"]

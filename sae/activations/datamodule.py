@@ -13,8 +13,9 @@ import lightning
 import torch
 
 from sae.activations.cache import ActivationCache, RowBatch, read_manifest
-from sae.activations.harvest import Source, harvest
+from sae.activations.harvest import harvest
 from sae.activations.sampler import RowSampler
+from sae.activations.source import Source
 from sae.errors import InputError
 from sae.ops.moments import Moments
 

@@ -260,6 +260,23 @@ def test_damaged_config_of_a_run_is_an_error(config, tmp_path, text, match):
         main(["--config", str(config)])
 
 
+@pytest.mark.parametrize(("step", "says"), [(5, "starts over"), (27, "resumes from the last checkpoint")])
+def test_ctrl_c_says_where_the_run_stands(config, tmp_path, monkeypatch, capsys, step, says):
+    from sae.training import SparseAutoencoderModule
+
+    real = SparseAutoencoderModule.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.global_step == step:
+            raise KeyboardInterrupt
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(SparseAutoencoderModule, "training_step", interrupted)
+    with pytest.raises(SystemExit):
+        main(["--config", str(config)])
+    assert f"stopped at step {step}; the same command {says}" in capsys.readouterr().err
+
+
 def test_a_single_callback_may_be_given_without_a_list(config, tmp_path):
     main(["--config", str(config), "--trainer.callbacks=PCABaseline", "--trainer.max_steps=20"])
     assert set(_metrics(tmp_path)["baselines"]) == {"pca"}

@@ -99,15 +99,15 @@ class _Harvest:
     def run(self) -> ActivationCache:
         manifest = self._begin()
         done = {entry["file"]: entry for entry in manifest["shards"]}
-        manifest["shards"] = []
         with tqdm(total=self.token_ids.numel(), desc="harvest", unit=" rows", unit_scale=True) as bar:
             for shard in self.shards:
                 entry = done.get(shard.file)
-                if entry is None or not self._keep(shard, entry):
-                    entry = self._write(shard, bar)
-                else:
+                if entry is not None and self._keep(shard, entry):
                     bar.update(len(shard.row_order))
-                manifest["shards"].append(entry)
+                    continue
+                done[shard.file] = self._write(shard, bar)
+                # What an earlier run finished stays listed, also if this one is interrupted too.
+                manifest["shards"] = [done[s.file] for s in self.shards if s.file in done]
                 write_manifest(self.folder, manifest)
         finish_cache(self.folder, manifest, {name: m.moments() for name, m in self.moments.items()})
         return ActivationCache(self.folder)

@@ -72,10 +72,9 @@ class RunFolder(lightning.Callback):
     ) -> None:
         """Says where an interrupted run stands."""
         if isinstance(exception, KeyboardInterrupt):
-            print(
-                f"\nstopped at step {trainer.global_step}; the same command resumes from its checkpoint.",
-                file=sys.stderr,
-            )
+            kept = (self.folder / "checkpoints" / "last.ckpt").is_file()
+            again = "resumes from the last checkpoint" if kept else "starts over (no validation was reached)"
+            print(f"\nstopped at step {trainer.global_step}; the same command {again}.", file=sys.stderr)
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """The final metrics."""

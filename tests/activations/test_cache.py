@@ -126,6 +126,43 @@ def test_interrupted_harvest_keeps_finished_shards_and_ends_the_same(
     assert resumed.manifest["statistics"] == unbroken.manifest["statistics"]
 
 
+def test_shards_of_the_first_try_survive_an_interruption_while_they_are_checked(
+    tiny_source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(harvest_module, "SHARD_BYTES", 60_000)
+    write, keep, written, kept = harvest_module._Harvest._write, harvest_module._Harvest._keep, [], []
+
+    def dying(calls, limit, real):
+        def call(self, shard, argument):
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(shard.file)
+            return real(self, shard, argument)
+
+        return call
+
+    monkeypatch.setattr(harvest_module._Harvest, "_write", dying(written, 3, write))
+    with pytest.raises(KeyboardInterrupt):
+        harvest(tiny_source, tmp_path / "cache")
+    monkeypatch.setattr(harvest_module._Harvest, "_write", dying(written, None, write))
+    monkeypatch.setattr(harvest_module._Harvest, "_keep", dying(kept, 1, keep))
+    with pytest.raises(KeyboardInterrupt):
+        harvest(tiny_source, tmp_path / "cache")
+    monkeypatch.setattr(harvest_module._Harvest, "_keep", keep)
+    assert harvest(tiny_source, tmp_path / "cache").manifest["finished"]
+    assert len(written) == len(set(written)), "a finished shard was harvested again"
+
+
+def test_damaged_shard_of_an_interrupted_harvest_is_made_again(tiny_source, tmp_path, monkeypatch):
+    monkeypatch.setattr(harvest_module, "SHARD_BYTES", 60_000)
+    unbroken = harvest(tiny_source, tmp_path / "unbroken")
+    manifest = json.loads((tmp_path / "unbroken" / "manifest.json").read_text())
+    (tmp_path / "unbroken" / "shard-00001.safetensors").write_bytes(b"torn")
+    manifest["finished"], manifest["files"] = False, manifest["files"][:2]  # before the statistics
+    _edit(tmp_path / "unbroken", **manifest)
+    assert harvest(tiny_source, tmp_path / "unbroken").manifest["shards"] == unbroken.manifest["shards"]
+
+
 def test_truncated_shard_is_an_error(copied):
     shard = copied / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])

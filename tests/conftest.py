@@ -9,10 +9,42 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae.activations import ActivationCache, Source, harvest
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+GATED = SMALL | {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8}
+FAMILIES = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**SMALL, intermediate_size=32, bos_token_id=0, eos_token_id=0)
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**GATED)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            **SMALL, intermediate_size=32, num_key_value_heads=1, bos_token_id=0, eos_token_id=0
+        )
+    ),
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, intermediate_size=32)),
+    "bare_roberta": lambda: transformers.RobertaModel(
+        transformers.RobertaConfig(**SMALL, intermediate_size=32, max_position_embeddings=40)
+    ),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**SMALL, ffn_dim=32, max_position_embeddings=40, word_embed_proj_dim=16)
+    ),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family_model(request):
+    """A random model of 3 blocks and d_model 16, of each family."""
+    return FAMILIES[request.param]().eval()
 
 
 @pytest.fixture(autouse=True)

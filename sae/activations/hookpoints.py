@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -48,44 +48,60 @@ def residuals(
     """
     check_hookpoints(model, hookpoints)
     found: dict[str, Tensor] = {}
-    with _capturing(model, hookpoints, found), contextlib.suppress(_AllFound):
-        model(input_ids=input_ids.to(model.device), **({"use_cache": False} if _caches(model) else {}))
+
+    def keep(name: str, x: Tensor) -> None:
+        found[name] = x
+        if len(found) == len(hookpoints):
+            raise _AllFound
+
+    with contextlib.ExitStack() as stack:
+        for name in hookpoints:
+            stack.enter_context(visiting(model, name, partial(keep, name)))
+        stack.enter_context(contextlib.suppress(_AllFound))
+        model(input_ids=input_ids.to(model.device), **without_cache(model))
     return {name: found[name] for name in hookpoints}
 
 
-def _caches(model: PreTrainedModel) -> bool:
-    """Whether a forward pass would build a key-value cache, which nobody reads here."""
-    return bool(getattr(model.config.get_text_config(), "use_cache", False))
+@contextlib.contextmanager
+def visiting(
+    model: PreTrainedModel, hookpoint: str, visit: Callable[[Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Calls `visit` with the residual stream at a hookpoint, in every forward pass inside the `with`.
+
+    A tensor that it returns takes the residual stream's place for the rest of the pass; None leaves it
+    as it is. The hook is gone afterwards, whatever happened.
+
+    Raises:
+        InputError: if the model lacks the hookpoint.
+    """
+    check_hookpoints(model, [hookpoint])
+    depth = int(hookpoint.removeprefix("resid."))
+    blocks = find_blocks(model)[1]
+
+    def before_first(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = visit(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    def after(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        new = visit(output[0] if isinstance(output, tuple) else output)
+        return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
+
+    if depth == 0:
+        handle = blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)
+    else:
+        handle = blocks[depth - 1].register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Arguments of a forward pass that builds no key-value cache, which nobody reads here."""
+    return {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", False) else {}
 
 
 class _AllFound(Exception):
     """Leaves the forward pass after the last hookpoint."""
-
-
-@contextlib.contextmanager
-def _capturing(model: PreTrainedModel, hookpoints: list[str], found: dict[str, Tensor]) -> Iterator[None]:
-    blocks = find_blocks(model)[1]
-
-    def keep(name: str, value: Tensor) -> None:
-        found[name] = value
-        if len(found) == len(hookpoints):
-            raise _AllFound
-
-    def before_first(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep("resid.0", args[0] if args else kwargs["hidden_states"])
-
-    def after(name: str, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        keep(name, output[0] if isinstance(output, tuple) else output)
-
-    handles = []
-    try:
-        for name in hookpoints:
-            depth = int(name.removeprefix("resid."))
-            if depth == 0:
-                handles.append(blocks[0].register_forward_pre_hook(before_first, with_kwargs=True))
-            else:
-                handles.append(blocks[depth - 1].register_forward_hook(partial(after, name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -60,9 +60,8 @@ def from_dense(latents: Float[Tensor, "rows n_latents"]) -> SparseLatents:
     return SparseLatents(latents[rows, indices], indices, F.pad(counts.cumsum(0), (1, 0)))
 
 
-@torch.no_grad()
 def top_k(pre_acts: Float[Tensor, "rows n_latents"], k: int) -> SparseLatents:
-    """The k largest pre-activations of every row, as they are (not rectified), without a gradient."""
+    """The k largest pre-activations of every row, as they are (not rectified)."""
     values, indices = pre_acts.topk(k, dim=-1, sorted=False)
     offsets = torch.arange(0, values.numel() + 1, k, device=values.device)
     return SparseLatents(values.flatten(), indices.flatten(), offsets)

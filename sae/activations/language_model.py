@@ -144,6 +144,12 @@ def norm_gain(norm: nn.Module, d_model: int) -> Float[Tensor, " d_model"]:
     return (plus - minus) / 2 * probe
 
 
+def has_causal_head(model: PreTrainedModel) -> bool:
+    """Whether the model predicts the next token."""
+    causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return causal and model.get_output_embeddings() is not None
+
+
 def unembedding(language_model: LanguageModel) -> Float[Tensor, "vocabulary d_model"] | None:
     """W_U with the final norm's gain folded in and the vocabulary's mean row removed; float32.
 
@@ -151,9 +157,9 @@ def unembedding(language_model: LanguageModel) -> Float[Tensor, "vocabulary d_mo
     of it, and some decoders project it to another width first.
     """
     model = language_model.model
-    head = model.get_output_embeddings()
-    if head is None or type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if not has_causal_head(model):
         return None
+    head = model.get_output_embeddings()
     W_U = next(head.parameters()).detach().float().cpu()
     if W_U.shape[1] != model.config.get_text_config().hidden_size:
         return None

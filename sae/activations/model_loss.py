@@ -1,0 +1,109 @@
+"""What it costs a language model to have its residual stream replaced: cross entropy and KL, in nats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from sae.activations.hookpoints import visiting, without_cache
+from sae.activations.language_model import has_causal_head
+from sae.errors import InputError
+
+Replacement = Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, "rows d_model"]]
+"""What goes in place of rows of the residual stream; float32 in, any float dtype out."""
+
+LOGITS_AT_ONCE = 2**26
+"""Logits of one forward pass (256 MB as float32); sets how many contexts run together."""
+
+
+class ModelLoss(NamedTuple):
+    """Means over all next-token predictions."""
+
+    ce: float
+    """Cross entropy of the token that follows, nats."""
+    ce_increase: float
+    """`ce` less that of the model as it is, nats; 0 = the replacement costs nothing."""
+    ce_increase_se: float | None
+    """Standard error of `ce_increase`, from the spread between contexts, nats; None for one context."""
+    kl: float
+    """KL divergence from the clean to the changed next-token distribution, nats."""
+
+
+@torch.inference_mode()
+def model_losses(
+    model: PreTrainedModel,
+    hookpoint: str,
+    token_ids: Int[Tensor, "sequences context"],
+    replacements: Mapping[str, Replacement],
+) -> tuple[float, dict[str, ModelLoss]]:
+    """Cross entropy (nats) of the model as it is, and with each replacement at the hookpoint.
+
+    Every token of every context is predicted from those before it in the context, the first excepted;
+    the replacement acts on all positions. Differences are taken per context, so what the contexts share
+    does not blur them.
+
+    Args:
+        model: with a causal head.
+        hookpoint: where the replacements act.
+        token_ids: contexts without padding, at least one, of at least two tokens.
+        replacements: name -> what to put in place of x.
+
+    Raises:
+        InputError: if the model has no causal head or there is nothing to predict.
+    """
+    if not has_causal_head(model):
+        raise InputError(f"{type(model).__name__} has no causal head; cross entropy has no meaning for it.")
+    if len(token_ids) == 0 or token_ids.shape[1] < 2:
+        raise InputError(f"there is nothing to predict in contexts of shape {tuple(token_ids.shape)}.")
+    clean: list[Tensor] = []
+    changed: dict[str, list[Tensor]] = {name: [] for name in replacements}
+    divergence: dict[str, list[Tensor]] = {name: [] for name in replacements}
+    vocabulary = len(next(model.get_output_embeddings().parameters()))
+    at_once = max(1, LOGITS_AT_ONCE // (vocabulary * token_ids.shape[1]))
+    for ids in tqdm(token_ids.split(at_once), desc="cross entropy", unit=" batches", leave=False):
+        ids = ids.long().to(model.device)
+        of_clean = _log_probs(model, ids)
+        clean.append(_cross_entropy(of_clean, ids))
+        for name, replacement in replacements.items():
+            with visiting(model, hookpoint, _on_rows(replacement)):
+                of_changed = _log_probs(model, ids)
+            changed[name].append(_cross_entropy(of_changed, ids))
+            kl = (of_clean.exp() * (of_clean - of_changed)).sum(-1)
+            divergence[name].append(kl.double().mean(-1))
+    baseline = torch.cat(clean)
+    return float(baseline.mean()), {
+        name: _loss(baseline, torch.cat(changed[name]), torch.cat(divergence[name])) for name in replacements
+    }
+
+
+def _log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Log-probabilities of each next token, at all positions but the last, float32."""
+    logits = model(input_ids=ids, **without_cache(model)).logits
+    return F.log_softmax(logits[:, :-1].float(), dim=-1)
+
+
+def _cross_entropy(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """Per context, in float64."""
+    return -log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1).double().mean(-1)
+
+
+def _on_rows(replacement: Replacement) -> Callable[[Tensor], Tensor]:
+    def visit(x: Tensor) -> Tensor:
+        rows = replacement(x.reshape(-1, x.shape[-1]).float())
+        return rows.to(x.device, x.dtype).reshape(x.shape)
+
+    return visit
+
+
+def _loss(clean: Tensor, changed: Tensor, divergence: Tensor) -> ModelLoss:
+    increase = changed - clean
+    spread = float(increase.std()) / math.sqrt(len(increase)) if len(increase) > 1 else None
+    return ModelLoss(float(changed.mean()), float(increase.mean()), spread, float(divergence.mean()))

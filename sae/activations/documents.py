@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sae.activations.demo_text import demo_documents
+from sae.activations.hub import is_hub_id, reason, why_out_of_reach
 from sae.errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -17,7 +19,9 @@ SHORTEST_CUT = 2_000  # characters
 
 
 def read_documents(dataset: str) -> Iterator[str]:
-    """Yields the documents of a data set, in a fixed order, one at a time.
+    """The documents of a data set, in a fixed order, read one at a time, the first one at once.
+
+    So a text that cannot be had is found before a language model is loaded for it.
 
     Args:
         dataset: `demo`; or a local .txt, .jsonl or .parquet file, or a glob of them; or the id of a
@@ -26,8 +30,14 @@ def read_documents(dataset: str) -> Iterator[str]:
             documents of at least 2,000 characters. .jsonl and .parquet have a `text` column.
 
     Raises:
-        InputError: if there is nothing to read, or a file cannot be read.
+        InputError: if there is nothing to read; in the course of reading, if a file cannot be read.
     """
+    documents = _open(dataset)
+    first = list(itertools.islice(documents, 1))
+    return itertools.chain(first, documents)
+
+
+def _open(dataset: str) -> Iterator[str]:
     if dataset == "demo":
         return (document.text for document in demo_documents("demo"))
     paths = sorted(Path(name) for name in glob.glob(dataset, recursive=True))
@@ -99,15 +109,24 @@ def _stream_from_hub(dataset: str) -> Iterator[str]:
 
     name, _, config = dataset.partition(":")
     try:
+        why = why_out_of_reach(name, "dataset") if is_hub_id(name) else "there is no such file"
+        if why is not None:
+            raise _cannot_read(dataset, why)
         for row in load_dataset(name, config or None, split="train", streaming=True):
+            if "text" not in row:
+                raise _cannot_read(dataset, f"it has no `text` column, but {', '.join(row)[:80]}")
             yield _text_of(row)
+    except InputError:
+        raise
     except Exception as error:  # the hub's client raises dozens of kinds; all end the reading
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"`dataset` {dataset!r} is not a local file, and could not be read as a Hugging Face data set"
-            f" with a `text` column: {line}. Give `demo`, a .txt, .jsonl or .parquet file, or check the"
-            " network."
-        ) from error
+        raise _cannot_read(dataset, reason(error, name, "dataset")) from error
+
+
+def _cannot_read(dataset: str, why: str) -> InputError:
+    return InputError(
+        f"`dataset` {dataset!r} could not be read: {why}. Give local .txt, .jsonl or .parquet files"
+        " (--data.source.dataset 'texts/*.jsonl'), `demo`, or another Hugging Face id."
+    )
 
 
 def _text_of(row: dict[str, Any]) -> str:

@@ -27,7 +27,12 @@ from sae.activations.cache import (
 )
 from sae.activations.documents import read_documents
 from sae.activations.hookpoints import check_hookpoints, residuals
-from sae.activations.language_model import LanguageModel, load_language_model, weights_hash
+from sae.activations.language_model import (
+    LanguageModel,
+    check_model_in_reach,
+    load_language_model,
+    weights_hash,
+)
 from sae.activations.packing import PackedTokens, pack
 from sae.activations.source import Source
 from sae.errors import InputError
@@ -61,11 +66,13 @@ def harvest(source: Source, folder: Path, device: str = "cpu") -> ActivationCach
             finite.
     """
     source.check()
+    check_model_in_reach(source.model)
+    documents = read_documents(source.dataset)  # opens the text before gigabytes of weights are fetched
     language_model = load_language_model(source.model, device)
     check_hookpoints(language_model.model, source.hookpoints)
     _check_context_length(language_model, source.context_length)
     splits = pack(
-        read_documents(source.dataset),
+        documents,
         language_model.tokenizer,
         n_tokens=source.n_tokens,
         context_length=source.context_length,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from sae.activations.hub import is_hub_id, reason, why_out_of_reach
 from sae.errors import InputError
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -49,6 +50,7 @@ def load_language_model(name: str, device: str | torch.device = "cpu") -> Langua
     Raises:
         InputError: if the model or its tokenizer cannot be loaded; the message says what to try.
     """
+    check_model_in_reach(name)
     source = str(DEMO_MODEL) if name == "demo" else name
     try:
         with _quiet_transformers():
@@ -56,11 +58,46 @@ def load_language_model(name: str, device: str | torch.device = "cpu") -> Langua
             model = _model_class(config).from_pretrained(source, config=config, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(
-            f"`model` {name!r} could not be loaded: {_first_line(error)} Give `demo`, a folder with a"
-            " transformers model and its tokenizer, or a Hugging Face id (which needs network)."
-        ) from error
+        raise _cannot_load(name, reason(error, name, "model")) from error
     return LanguageModel(name, model.requires_grad_(False).eval().to(device), tokenizer)
+
+
+def check_model_in_reach(name: str) -> None:
+    """Raises `InputError` for a model that is neither here nor to be had; costs one small request.
+
+    For use before anything long: a slow network passes, and shows itself in `load_language_model`.
+    """
+    if name == "demo" or Path(name).exists():
+        return
+    if not is_hub_id(name):
+        raise _cannot_load(name, "there is no such folder")
+    why = why_out_of_reach(name, "model")
+    if why is not None:
+        raise _cannot_load(name, why)
+
+
+def language_model_of(manifest: Mapping[str, Any], device: str | torch.device = "cpu") -> LanguageModel:
+    """The language model that a cache was made with.
+
+    Args:
+        manifest: of the cache.
+        device: where to put it.
+
+    Raises:
+        InputError: if the cache's rows were imported, or the model cannot be loaded here or has other
+            weights than the cache was made with.
+    """
+    name = manifest.get("model")
+    if name is None:
+        raise InputError(
+            "the rows of the cache were imported; no language model and no tokens belong to them."
+        )
+    language_model = load_language_model(name, device)
+    if weights_hash(language_model.model) != manifest["model_hash"]:
+        raise InputError(
+            f"the weights of {name} are not those that the cache was made with; harvest it again."
+        )
+    return language_model
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -144,22 +181,24 @@ def norm_gain(norm: nn.Module, d_model: int) -> Float[Tensor, " d_model"]:
     return (plus - minus) / 2 * probe
 
 
-def has_causal_head(model: PreTrainedModel) -> bool:
-    """Whether the model predicts the next token."""
-    causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return causal and model.get_output_embeddings() is not None
+def causal_head(model: PreTrainedModel) -> nn.Module | None:
+    """The module that gives next-token logits; None for a model that predicts no next token."""
+    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return None
+    return model.get_output_embeddings()
 
 
 def unembedding(language_model: LanguageModel) -> Float[Tensor, "vocabulary d_model"] | None:
     """W_U with the final norm's gain folded in and the vocabulary's mean row removed; float32.
 
     None for models without a causal head on the residual stream: an encoder's head is not a linear map
-    of it, and some decoders project it to another width first.
+    of it, and some decoders project it to another width first. Soft-capping of logits (Gemma 2) is left
+    out: it is monotone, so it keeps the order of the tokens.
     """
     model = language_model.model
-    if not has_causal_head(model):
+    head = causal_head(model)
+    if head is None:
         return None
-    head = model.get_output_embeddings()
     W_U = next(head.parameters()).detach().float().cpu()
     if W_U.shape[1] != model.config.get_text_config().hidden_size:
         return None
@@ -194,9 +233,11 @@ def _model_class(config: Any) -> Any:
     return AutoModel
 
 
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return line if line.endswith(".") else line + "."
+def _cannot_load(name: str, why: str) -> InputError:
+    return InputError(
+        f"`model` {name!r} could not be loaded: {why}. Give a folder with a transformers model and its"
+        " tokenizer (--data.source.model FOLDER), `demo`, or another Hugging Face id."
+    )
 
 
 @contextlib.contextmanager

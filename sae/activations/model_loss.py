@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sae.activations.hookpoints import visiting, without_cache
-from sae.activations.language_model import has_causal_head
+from sae.activations.language_model import causal_head
 from sae.errors import InputError
 
 Replacement = Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, "rows d_model"]]
@@ -59,14 +59,15 @@ def model_losses(
     Raises:
         InputError: if the model has no causal head or there is nothing to predict.
     """
-    if not has_causal_head(model):
+    head = causal_head(model)
+    if head is None:
         raise InputError(f"{type(model).__name__} has no causal head; cross entropy has no meaning for it.")
     if len(token_ids) == 0 or token_ids.shape[1] < 2:
         raise InputError(f"there is nothing to predict in contexts of shape {tuple(token_ids.shape)}.")
     clean: list[Tensor] = []
     changed: dict[str, list[Tensor]] = {name: [] for name in replacements}
     divergence: dict[str, list[Tensor]] = {name: [] for name in replacements}
-    vocabulary = len(next(model.get_output_embeddings().parameters()))
+    vocabulary = len(next(head.parameters()))
     at_once = max(1, LOGITS_AT_ONCE // (vocabulary * token_ids.shape[1]))
     for ids in tqdm(token_ids.split(at_once), desc="cross entropy", unit=" batches", leave=False):
         ids = ids.long().to(model.device)

@@ -60,8 +60,41 @@ def test_missing_file_is_an_error(tmp_path):
 
 
 def test_data_set_that_cannot_be_reached_is_one_clear_error():
-    with pytest.raises(InputError, match="could not be read as a Hugging Face data set"):
-        list(read_documents("nobody/such-a-data-set"))
+    with pytest.raises(InputError, match="could not be read: it is not in the Hugging Face cache"):
+        read_documents("nobody/such-a-data-set")
+
+
+def test_data_set_of_the_hub_without_texts_is_an_error_that_names_its_columns(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: iter([{"content": "a", "n": 1}]))
+    with pytest.raises(InputError, match="it has no `text` column, but content, n. Give local"):
+        read_documents("owner/name")
+
+
+def test_data_set_of_the_hub_is_streamed_by_id_and_configuration(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return iter([{"text": "a"}, {"text": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(read_documents("owner/name:part")) == ["a", "b"]
+    assert asked == [(("owner/name", "part"), {"split": "train", "streaming": True})]
+
+
+def test_zstandard_is_there_for_the_pile(tmp_path):
+    """monology/pile-uncopyrighted is .jsonl.zst, which datasets reads only with that package."""
+    import zstandard
+    from datasets import load_dataset
+
+    path = tmp_path / "00.jsonl.zst"
+    path.write_bytes(zstandard.compress(json.dumps({"text": "a", "meta": {}}).encode()))
+    rows = load_dataset("json", data_files=str(path), split="train", streaming=True)
+    assert [row["text"] for row in rows] == ["a"]
 
 
 def test_demo_text_splits_by_name_and_never_overlaps():

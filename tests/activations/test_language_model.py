@@ -53,6 +53,17 @@ CAUSAL = {
     ),
     "opt": lambda: transformers.OPTForCausalLM(_opt(16)),
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**GATED)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**GATED, final_logit_softcapping=None)
+    ),
+}
+FINAL_NORMS = {
+    "gpt2": "transformer.ln_f",
+    "llama": "model.norm",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "opt": "model.decoder.final_layer_norm",
+    "gemma": "model.norm",
+    "gemma2": "model.norm",
 }
 
 
@@ -75,6 +86,40 @@ def test_unembedding_gives_the_models_own_logits_up_to_a_constant(model, byte_to
     logits = model(input_ids=ids).logits - model.get_output_embeddings()(bias)
     ours = normalised @ unembedding(LanguageModel("m", model, byte_tokenizer)).T
     torch.testing.assert_close(ours, logits - logits.mean(-1, keepdim=True), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_final_norm_is_the_one_after_the_blocks(family):
+    """Not the last norm inside a block: Gemma 2 has one after its MLP."""
+    model = CAUSAL[family]().eval()
+    assert final_norm(model) is model.get_submodule(FINAL_NORMS[family])
+
+
+def test_gemma_2_unembedding_is_one_plus_the_norm_weight_and_ignores_soft_capping(byte_tokenizer):
+    """Computed from the weights; capping bends logits, but keeps which of them a direction raises most."""
+    config = transformers.Gemma2Config(**GATED, final_logit_softcapping=2.0)
+    model = transformers.Gemma2ForCausalLM(config).eval().requires_grad_(False)
+    nn.init.uniform_(model.model.norm.weight, -0.5, 1.0)
+    W_U = model.lm_head.weight * (1 + model.model.norm.weight)
+    ours = unembedding(LanguageModel("m", model, byte_tokenizer))
+    torch.testing.assert_close(ours, W_U - W_U.mean(0), rtol=1e-4, atol=1e-4)
+    ids = torch.randint(50, (2, 7))
+    x = residuals(model, ids, ["resid.2"])["resid.2"]
+    normalised = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.rms_norm_eps)
+    capped = 2.0 * torch.tanh(normalised @ W_U.T / 2.0)
+    torch.testing.assert_close(model(input_ids=ids).logits, capped, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
+def test_half_precision_models_load_and_run(family, tmp_path, byte_tokenizer):
+    dtype = {"gpt_neox": torch.float16, "gemma2": torch.bfloat16}[family]
+    CAUSAL[family]().to(dtype).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    loaded = load_language_model(str(tmp_path))
+    x = residuals(loaded.model, torch.randint(50, (2, 7)), ["resid.1"])["resid.1"]
+    W_U = unembedding(loaded)
+    assert x.dtype == dtype and x.isfinite().all()
+    assert W_U is not None and W_U.dtype == torch.float32 and W_U.shape == (50, 16)
 
 
 def test_no_unembedding_where_the_head_has_another_width(byte_tokenizer):
@@ -119,7 +164,7 @@ def test_weights_hash_sees_one_changed_number():
 
 
 def test_model_that_cannot_be_loaded_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="`model` .* could not be loaded: .* Give `demo`"):
+    with pytest.raises(InputError, match="`model` .* could not be loaded: there is no such folder. Give a"):
         load_language_model(str(tmp_path / "nothing"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -118,6 +118,14 @@ def splice(
     if gradients and not torch.is_grad_enabled():
         raise InputError("`gradients` needs autograd; leave torch.no_grad() or inference_mode().")
     record = Splice(dictionary.n_latents)
+    with visiting(model, hookpoint, _replacement(dictionary, edit, record, keep_error, gradients)):
+        yield record
+
+
+def _replacement(
+    dictionary: Coder, edit: _Edit, record: Splice, keep_error: bool, gradients: bool
+) -> Callable[[Tensor], Tensor]:
+    """What goes in place of the residual stream, as a function of it."""
 
     def replace(x: Tensor) -> Tensor:
         own = dictionary.directions
@@ -136,8 +144,7 @@ def splice(
             )
         return new.to(x.device, x.dtype).reshape(x.shape)
 
-    with visiting(model, hookpoint, replace):
-        yield record
+    return replace
 
 
 class _Edit:

@@ -1,15 +1,23 @@
-"""From directions to tokens: what a latent fires on and what it makes the model say."""
+"""From directions to tokens: what a latent fires on, what it makes the model say, and what chance gives."""
 
-from sae.inspection.input_tokens import InputToken, InputTokens, LatentSummary
-from sae.inspection.output_tokens import OutputToken, output_tokens
-from sae.inspection.reading import LatentReading, Reading
+from sae.inspection.evidence import Evidence, gather_evidence
+from sae.inspection.latent import Ablation, Context, InputToken, LatentReading, LatentSummary, OutputToken
+from sae.inspection.reading import Reading, TextReading
+from sae.inspection.tables import latent_page, latent_table, text_table, token_tables
 
 __all__ = [
+    "Ablation",
+    "Context",
+    "Evidence",
     "InputToken",
-    "InputTokens",
     "LatentReading",
     "LatentSummary",
     "OutputToken",
     "Reading",
-    "output_tokens",
+    "TextReading",
+    "gather_evidence",
+    "latent_page",
+    "latent_table",
+    "text_table",
+    "token_tables",
 ]

@@ -1,147 +1,195 @@
-"""Which tokens make a latent fire: activation-weighted lift over how common each token is."""
+"""Which tokens make latents fire: activation per (latent, token), as shares and lift with intervals."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sae.dictionaries import Dictionary
 from sae.errors import InputError
+from sae.inspection.latent import InputToken
 
-_MERGE_ABOVE = 4_000_000  # waiting pairs; bounds memory between merges
-
-
-class InputToken(NamedTuple):
-    """One token of a latent's evidence."""
-
-    token: int
-    share: float
-    """Share of the latent's activation that falls on this token."""
-    lift: float
-    """That share over the token's share of the text: 1 = no more than chance."""
-    firings: int
-    """Rows on which the latent fired at this token."""
+MOST_PAIRS = 20_000_000
+"""(latent, token) pairs held at once, 32 bytes each; beyond it the lightest of each latent are pooled."""
+_MERGE_ABOVE = 4_000_000  # waiting pairs
+_Z = 1.959964  # 95 %
 
 
-class LatentSummary(NamedTuple):
-    """One latent over all rows seen."""
+class TokenCounts:
+    """Activation and firings of every latent on every token, added batch by batch.
 
-    firings: int
-    density: float
-    """Share of rows on which it fired."""
-    mean: float
-    """Mean activation where it fired, raw units."""
-    clarity: float
-    """1 - H(q) / H(p): q = tokens weighted by its activation, p = the text. 1 = one token, 0 = any."""
+    For latent i and token t: share q_i(t) = sum of its activation at t over its whole activation, p(t) =
+    share of the text's tokens that are t, lift = q_i(t) / p(t). Tokens are ranked by q log(q / p), a
+    token's part in the Kullback-Leibler divergence, so that neither common tokens nor single accidents
+    come first. The interval of a lift is Wilson's for the share, at Kish's effective number of firings
+    (sum a)^2 / sum a^2, over p; it takes firings as independent, which those of one document are not.
 
+    Memory grows with the pairs that occur, up to `most_pairs`. Beyond that, each latent keeps its
+    heaviest tokens by name, and the mass of the others is kept as a sum.
 
-class InputTokens:
-    """Activation and firings of every latent on every token, gathered in one pass.
-
-    For latent i, token t: share q_i(t) = sum of its activation at t over its whole activation, p(t) =
-    share of rows at t, lift = q_i(t) / p(t). Tokens are ranked by q log(q / p), a token's part in the
-    Kullback-Leibler divergence, so that neither common tokens nor single accidents come first. Memory
-    grows with the (latent, token) pairs that occur, not with latents times vocabulary.
+    References:
+        Probable Inference, the Law of Succession, and Statistical Inference, Wilson 1927.
+        Survey Sampling, Kish 1965: the effective sample size of weighted observations.
     """
 
-    def __init__(self, n_latents: int, vocabulary: int) -> None:
-        self._n_latents = n_latents
-        self._vocabulary = vocabulary
-        self._token_counts = np.zeros(vocabulary, dtype=np.int64)
-        self._keys = np.empty(0, dtype=np.int64)
-        self._mass = np.empty(0)
-        self._firings = np.empty(0, dtype=np.int64)
-        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    def __init__(self, n_latents: int, vocabulary: int, most_pairs: int = MOST_PAIRS) -> None:
+        self.n_latents, self.vocabulary = n_latents, vocabulary
+        self._per_latent = max(1, most_pairs // n_latents)
+        self._most_pairs = most_pairs
+        self.text = np.zeros(vocabulary, dtype=np.int64)
+        """Rows of the text at each token."""
+        self._keys = np.empty(0, dtype=np.int64)  # latent * vocabulary + token, rising
+        self._sums = np.empty((3, 0))  # activation, its square, firings
+        self._pooled_mass = np.zeros(n_latents)
+        self._pooled_pairs = np.zeros(n_latents)
+        self._waiting: list[tuple[NDArray, NDArray]] = []
         self._n_waiting = 0
-
-    @classmethod
-    def gather(
-        cls,
-        dictionary: Dictionary,
-        batches: Iterable[tuple[Float[Tensor, "rows d_model"], Int[Tensor, " rows"]]],
-        vocabulary: int,
-    ) -> InputTokens:
-        """Encodes batches of (activations, token of each row).
-
-        Raises:
-            InputError: if there is no row.
-        """
-        gathered = cls(dictionary.n_latents, vocabulary)
-        dtype = dictionary.directions.dtype
-        with torch.inference_mode():
-            for x, tokens in batches:
-                code = dictionary.encode_sparse(x.to(dictionary.device, dtype))
-                rows = code.rows.cpu()
-                gathered.add(tokens, tokens[rows], code.indices.cpu(), code.values.cpu())
-        if not gathered._token_counts.any():
-            raise InputError("no rows to read latents from; the cache is empty.")
-        gathered._merge()
-        return gathered
 
     def add(
         self,
-        tokens: Int[Tensor, " rows"],
-        token_of_entry: Int[Tensor, " active"],
-        latent_of_entry: Int[Tensor, " active"],
+        text: Int[Tensor, " rows"],
+        latents: Int[Tensor, " active"],
+        tokens: Int[Tensor, " active"],
         values: Float[Tensor, " active"],
     ) -> None:
-        """Adds a batch: its tokens, and for each non-zero latent where it fired and how strongly."""
-        self._token_counts += np.bincount(tokens.numpy(), minlength=self._vocabulary)
-        keys = latent_of_entry.numpy().astype(np.int64) * self._vocabulary + token_of_entry.numpy()
-        self._waiting.append((keys, values.double().numpy()))
+        """Adds a batch.
+
+        Args:
+            text: the tokens of all its rows.
+            latents: of each firing, the latent,
+            tokens: the token that it counts for,
+            values: and the activation.
+        """
+        self.text += np.bincount(text.cpu().numpy(), minlength=self.vocabulary)
+        keys = latents.cpu().numpy().astype(np.int64) * self.vocabulary + tokens.cpu().numpy()
+        self._waiting.append((keys, values.cpu().double().numpy()))
         self._n_waiting += len(keys)
-        if self._n_waiting > _MERGE_ABOVE:
+        if self._n_waiting > max(_MERGE_ABOVE, len(self._keys)):
             self._merge()
 
     def _merge(self) -> None:
-        keys = np.concatenate([self._keys, *(keys for keys, _ in self._waiting)])
-        mass = np.concatenate([self._mass, *(values for _, values in self._waiting)])
-        firings = np.concatenate([self._firings, np.ones(self._n_waiting, dtype=np.int64)])
-        self._keys, place = np.unique(keys, return_inverse=True)
-        self._mass = np.bincount(place, weights=mass, minlength=len(self._keys))
-        self._firings = np.bincount(place, weights=firings, minlength=len(self._keys)).astype(np.int64)
+        if not self._waiting:
+            return
+        keys = np.concatenate([keys for keys, _ in self._waiting])
+        values = np.concatenate([values for _, values in self._waiting])
         self._waiting, self._n_waiting = [], 0
+        new, place = np.unique(keys, return_inverse=True)
+        sums = [np.bincount(place, weights=w, minlength=len(new)) for w in (values, values**2, None)]
+        both = np.concatenate([self._keys, new])
+        self._keys, place = np.unique(both, return_inverse=True)
+        added = np.concatenate([self._sums, np.stack(sums)], axis=1)
+        self._sums = np.stack([np.bincount(place, weights=w, minlength=len(self._keys)) for w in added])
+        if len(self._keys) > self._most_pairs:
+            self._pool_the_lightest()
 
-    def _of(self, latent: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, mass and firings of a latent."""
-        if not 0 <= latent < self._n_latents:
-            raise InputError(f"`latent` must be in [0, {self._n_latents - 1}], got {latent}.")
-        if self._waiting:
-            self._merge()
-        here = slice(
-            *np.searchsorted(self._keys, [latent * self._vocabulary, (latent + 1) * self._vocabulary])
-        )
-        return self._keys[here] - latent * self._vocabulary, self._mass[here], self._firings[here]
+    def _pool_the_lightest(self) -> None:
+        latents = self._keys // self.vocabulary
+        heaviest_first = np.lexsort((-self._sums[0], latents))
+        begin = np.searchsorted(latents, np.arange(self.n_latents))
+        rank = np.empty(len(latents), dtype=np.int64)
+        rank[heaviest_first] = np.arange(len(latents)) - begin[latents[heaviest_first]]
+        kept = rank < self._per_latent // 2
+        mass = self._sums[0][~kept]
+        self._pooled_mass += np.bincount(latents[~kept], weights=mass, minlength=self.n_latents)
+        self._pooled_pairs += np.bincount(latents[~kept], minlength=self.n_latents)
+        self._keys, self._sums = self._keys[kept], self._sums[:, kept]
+
+    def _of(self, latent: int) -> tuple[NDArray, NDArray]:
+        """Tokens of a latent, and their sums of activation, its square, and firings."""
+        if not 0 <= latent < self.n_latents:
+            raise InputError(f"latents are numbered 0 to {self.n_latents - 1}, got {latent}.")
+        self._merge()
+        here = slice(*np.searchsorted(self._keys, [latent * self.vocabulary, (latent + 1) * self.vocabulary]))
+        return self._keys[here] - latent * self.vocabulary, self._sums[:, here]
 
     def top(self, latent: int, count: int) -> list[InputToken]:
-        """The tokens that say most about a latent; empty if it never fired."""
-        tokens, mass, firings = self._of(latent)
+        """The tokens that say most about a latent; empty if it never fired.
+
+        Raises:
+            InputError: if there is no such latent.
+        """
+        tokens, (mass, squares, firings) = self._of(latent)
         if not len(tokens):
             return []
-        share = mass / mass.sum()
-        lift = share / self._base_rate()[tokens]
-        best = np.argsort(-share * np.log(lift), kind="stable")[:count]
-        return [InputToken(int(tokens[i]), float(share[i]), float(lift[i]), int(firings[i])) for i in best]
+        whole = mass.sum() + self._pooled_mass[latent]
+        share = mass / whole
+        base = self.text[tokens] / self.text.sum()
+        best = np.argsort(-share * np.log(share / base), kind="stable")[:count]
+        low, high = wilson_interval(share[best], whole**2 / squares.sum())
+        return [
+            InputToken(
+                token=int(tokens[i]),
+                share=float(share[i]),
+                lift=float(share[i] / base[i]),
+                lift_low=float(low[j] / base[i]),
+                lift_high=float(high[j] / base[i]),
+                firings=int(firings[i]),
+            )
+            for j, i in enumerate(best)
+        ]
 
-    def summary(self, latent: int) -> LatentSummary:
-        """How often and how clearly a latent fires."""
-        _, mass, firings = self._of(latent)
-        n = int(firings.sum())
-        if n == 0:
-            return LatentSummary(0, 0.0, 0.0, 0.0)
-        clarity = 1.0 - _entropy(mass) / max(_entropy(self._token_counts), 1e-12)
-        return LatentSummary(n, n / int(self._token_counts.sum()), float(mass.sum() / n), clarity)
+    def firings(self) -> Float[np.ndarray, " n_latents"]:
+        """Firings of every latent that are counted by token."""
+        self._merge()
+        return np.bincount(self._keys // self.vocabulary, weights=self._sums[2], minlength=self.n_latents)
 
-    def _base_rate(self) -> np.ndarray:
-        return self._token_counts / self._token_counts.sum()
+    def entropies(self) -> Float[np.ndarray, " n_latents"]:
+        """H(q) of every latent in nats; 0 where it never fired."""
+        self._merge()
+        latents = self._keys // self.vocabulary
+        mass = self._sums[0]
+        whole = np.bincount(latents, weights=mass, minlength=self.n_latents) + self._pooled_mass
+        log_mass = np.bincount(latents, weights=mass * np.log(mass), minlength=self.n_latents)
+        pooled = self._pooled_mass
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # What was pooled counts as spread evenly over the pairs that went into it. A token pooled
+            # twice counts twice, so entropy is rather over- than underestimated.
+            log_mass += np.where(pooled > 0, pooled * np.log(pooled / self._pooled_pairs), 0.0)
+            return np.where(whole > 0, np.log(whole) - log_mass / whole, 0.0).clip(min=0.0)
+
+    def text_entropy(self) -> float:
+        """H(p) in nats."""
+        p = self.text[self.text > 0] / self.text.sum()
+        return float(-(p * np.log(p)).sum())
+
+    def latents_of(self, token: int) -> tuple[Int[np.ndarray, " found"], Float[np.ndarray, " found"]]:
+        """The latents that fire on a token, by falling share x log lift, and these scores."""
+        self._merge()
+        here = self._keys % self.vocabulary == token
+        latents, mass = self._keys[here] // self.vocabulary, self._sums[0][here]
+        owner = self._keys // self.vocabulary
+        whole = np.bincount(owner, weights=self._sums[0], minlength=self.n_latents) + self._pooled_mass
+        share = mass / whole[latents]
+        scores = share * np.log(share * self.text.sum() / max(1, self.text[token]))
+        best = np.argsort(-scores, kind="stable")
+        return latents[best], scores[best]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, to be saved; activations in float32."""
+        self._merge()
+        arrays = {
+            "text": self.text,
+            "keys": self._keys,
+            "sums": self._sums.astype(np.float32),
+            "pooled": np.stack([self._pooled_mass, self._pooled_pairs]),
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> TokenCounts:
+        """What `tensors` gave."""
+        pooled = tensors["pooled"].numpy()
+        counts = cls(pooled.shape[1], len(tensors["text"]))
+        counts.text, counts._keys = tensors["text"].numpy(), tensors["keys"].numpy()
+        counts._sums = tensors["sums"].double().numpy()
+        counts._pooled_mass, counts._pooled_pairs = pooled
+        return counts
 
 
-def _entropy(weights: np.ndarray) -> float:
-    """Entropy (nats) of non-negative weights."""
-    p = weights[weights > 0] / weights.sum()
-    return float(-(p * np.log(p)).sum())
+def wilson_interval(share: NDArray, n: float) -> tuple[NDArray, NDArray]:
+    """Wilson's 95 % interval of a share seen in n (effective) trials."""
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
+    return (centre - half).clip(min=0.0), (centre + half).clip(max=1.0)

@@ -76,9 +76,9 @@ class Ablation(NamedTuple):
     """What the model itself says when the latent is set to zero where it fires."""
 
     raised: list[tuple[int, float]]
-    """Tokens with the mean loss of logit (relative to the vocabulary's mean), largest first: what the latent promoted."""
+    """Tokens that lose most, and their mean loss of logit over the vocabulary's mean: what it promoted."""
     lowered: list[tuple[int, float]]
-    """Tokens with the mean gain of logit, largest first: what it suppressed (as negative numbers)."""
+    """Tokens that gain most, and their mean loss of logit (negative): what it suppressed."""
     kl: float
     """Mean KL divergence (nats) from the clean next-token distribution at these positions."""
     random_kl: float

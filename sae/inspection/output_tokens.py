@@ -1,43 +1,38 @@
-"""Which tokens a direction makes more likely: its product with the unembedding."""
+"""Which tokens a direction makes more or less likely: its product with the unembedding."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
-class OutputToken(NamedTuple):
-    """One token that a direction raises."""
-
-    token: int
-    logit: float
-    """Change of the token's logit over the vocabulary's mean, per unit along the direction after the norm."""
-    cosine: float
-    """Cosine between the direction and the token's folded, centred column of W_U."""
+from sae.inspection.latent import OutputToken
 
 
 def output_tokens(
-    direction: Float[Tensor, " d_model"], W_U: Float[Tensor, "vocabulary d_model"], count: int
-) -> list[OutputToken]:
-    """The tokens whose logits a step along `direction` raises most.
+    directions: Float[Tensor, "n d_model"], W_U: Float[Tensor, "vocabulary d_model"], count: int
+) -> list[tuple[list[OutputToken], list[OutputToken]]]:
+    """For each direction, the tokens whose logits a step along it raises most, and lowers most.
 
     Args:
-        direction: a unit vector of the residual stream.
+        directions: unit vectors of the residual stream.
         W_U: the unembedding with the final norm's gain folded in and the vocabulary's mean removed, as
             `sae.activations.language_model.unembedding` gives it.
-        count: how many.
+        count: how many of each.
 
     References:
         interpreting GPT: the logit lens, nostalgebraist 2020.
     """
-    logits = W_U @ direction.to(W_U)
-    best = logits.topk(min(count, len(logits)))
-    norms = W_U[best.indices].norm(dim=-1).clamp_min(torch.finfo(W_U.dtype).tiny)
-    cosines = best.values / norms
-    return [
-        OutputToken(int(token), float(logit), float(cosine))
-        for token, logit, cosine in zip(best.indices, best.values, cosines, strict=True)
-    ]
+    logits = directions.to(W_U) @ W_U.T
+    count = min(count, len(W_U))
+    found = []
+    for raised, lowered in zip(logits.topk(count).indices, (-logits).topk(count).indices, strict=True):
+        row = logits[len(found)]
+        found.append((_tokens(row, raised, W_U), _tokens(row, lowered, W_U)))
+    return found
+
+
+def _tokens(logits: Tensor, chosen: Tensor, W_U: Tensor) -> list[OutputToken]:
+    norms = W_U[chosen].norm(dim=-1).clamp_min(torch.finfo(W_U.dtype).tiny)
+    columns = (chosen.tolist(), logits[chosen].tolist(), (logits[chosen] / norms).tolist())
+    return [OutputToken(token, logit, cosine) for token, logit, cosine in zip(*columns, strict=True)]

@@ -1,77 +1,169 @@
-"""Reading a dictionary: the evidence for each latent, as text."""
+"""Reading a dictionary: evidence, unembedding and tokenizer together, latent by latent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+import numpy as np
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache
-from sae.activations.language_model import LanguageModel, unembedding
+from sae.activations.hookpoints import residuals
+from sae.activations.language_model import LanguageModel, causal_head, separator_id, unembedding
 from sae.dictionaries import Dictionary
 from sae.errors import InputError
-from sae.inspection.input_tokens import InputToken, InputTokens, LatentSummary
-from sae.inspection.output_tokens import OutputToken, output_tokens
+from sae.inspection.ablation import measure_ablations
+from sae.inspection.evidence import BINS_PER_OCTAVE, Evidence
+from sae.inspection.latent import Ablation, Context, Histogram, LatentReading, LatentSummary, OutputToken
+from sae.inspection.null import NullDistribution, clarities, random_output_scores
+from sae.inspection.output_tokens import output_tokens
 from sae.inspection.token_text import TokenText
 
 FEWEST_FIRINGS = 50
 """Rows on which a latent must have fired to be called clear: fewer are anecdotes."""
+TOKENS_SHOWN = 10
+_AT_ONCE = 128  # latents multiplied with the unembedding together
 
 
-class LatentReading(NamedTuple):
-    """What is known of one latent."""
+class TextReading(NamedTuple):
+    """The strongest latents at every token of a text."""
 
-    latent: int
-    summary: LatentSummary
-    input_tokens: list[InputToken]
-    output_tokens: list[OutputToken]
-    """Empty where the model has no causal head."""
+    token_ids: list[int]
+    """The separator, then the text's tokens."""
+    latents: list[list[tuple[int, float]]]
+    """For each token: latents that fire and their activations, raw units, strongest first."""
 
 
 class Reading:
-    """The evidence for a dictionary's latents, from the rows of a cache and the model's unembedding."""
+    """The evidence for a dictionary's latents, made readable."""
 
     def __init__(
         self,
         dictionary: Dictionary,
-        cache: ActivationCache,
         hookpoint: str,
+        evidence: Evidence,
+        token_ids: Int[Tensor, "sequences context"],
         language_model: LanguageModel,
-        max_rows: int = 200_000,
     ) -> None:
-        """Encodes up to `max_rows` train rows (a random sample, as rows lie mixed on disk).
+        """Puts together what is known.
+
+        Args:
+            dictionary: whose latents.
+            hookpoint: where it was trained.
+            evidence: gathered from a cache with this dictionary.
+            token_ids: the contexts of that cache.
+            language_model: the one that the cache was made with.
 
         Raises:
-            InputError: if the dictionary does not have the width of the cache's rows.
+            InputError: if the model has another width than the dictionary, or its tokenizer does not
+                know the cache's tokens.
         """
-        if dictionary.d_model != cache.d_model(hookpoint):
-            raise InputError(
-                f"the dictionary has d_model={dictionary.d_model}, the cache {cache.folder} has"
-                f" {cache.d_model(hookpoint)} at {hookpoint}; they are not of one run."
-            )
-        self._dictionary = dictionary
-        self._text = TokenText(language_model.tokenizer)
+        self.dictionary, self.hookpoint, self.evidence = dictionary, hookpoint, evidence
+        self.text = TokenText(language_model.tokenizer)
+        """Shows a token id as a quoted string."""
+        self.clarity = clarities(evidence.inputs)
+        """Of every latent; 0 where it never fired."""
+        self._token_ids, self._model = token_ids, language_model
+        _check_model(dictionary, token_ids, language_model)
+        self._entropies = evidence.inputs.entropies()
+        self._null = NullDistribution(evidence.null)
         self._W_U = unembedding(language_model)
-        self._inputs = InputTokens.gather(
-            dictionary,
-            rows_with_tokens(cache, hookpoint, max_rows),
-            vocabulary=int(cache.token_ids.max()) + 1,
-        )
+        self._null_output = (0.0, 0.0) if self._W_U is None else random_output_scores(self._W_U)
+        self._ablations: dict[int, Ablation] = {}
 
-    def latent(self, latent: int, tokens: int = 10) -> LatentReading:
-        """The evidence for one latent.
+    @property
+    def n_latents(self) -> int:
+        """Number of latents."""
+        return self.dictionary.n_latents
+
+    def check_latent(self, latent: int) -> int:
+        """Returns the number; raises `InputError` if there is no such latent."""
+        if not 0 <= latent < self.n_latents:
+            raise InputError(f"latents are numbered 0 to {self.n_latents - 1}, got {latent}.")
+        return latent
+
+    def latent(self, latent: int) -> LatentReading:
+        """All that is known of one latent.
 
         Raises:
             InputError: if there is no such latent.
         """
-        inputs = self._inputs.top(latent, tokens)
-        outputs = []
-        if self._W_U is not None:
-            direction = self._dictionary.directions[latent].detach().float().cpu()
-            outputs = output_tokens(direction, self._W_U, tokens)
-        return LatentReading(latent, self._inputs.summary(latent), inputs, outputs)
+        return next(self.latents([self.check_latent(latent)]))
+
+    def latents(self, which: Iterable[int] | None = None) -> Iterator[LatentReading]:
+        """The readings of some latents, or of all, one at a time."""
+        chosen = torch.tensor(list(range(self.n_latents) if which is None else which), dtype=torch.long)
+        for some in chosen.split(_AT_ONCE):
+            outputs: list[tuple[list[OutputToken], list[OutputToken]]] = [([], [])] * len(some)
+            if self._W_U is not None:
+                directions = self.dictionary.directions.detach()[some.to(self.dictionary.device)]
+                outputs = output_tokens(directions.float().cpu(), self._W_U, TOKENS_SHOWN)
+            for latent, (raised, lowered) in zip(some.tolist(), outputs, strict=True):
+                yield self._read(latent, raised, lowered)
+
+    def _read(self, latent: int, raised: list[OutputToken], lowered: list[OutputToken]) -> LatentReading:
+        evidence, summary = self.evidence, self.summary(latent)
+        return LatentReading(
+            latent=latent,
+            summary=summary,
+            input_tokens=evidence.inputs.top(latent, TOKENS_SHOWN),
+            previous_tokens=evidence.previous.top(latent, TOKENS_SHOWN),
+            output_tokens=raised,
+            lowered_tokens=lowered,
+            top_contexts=self._contexts(latent, evidence.top),
+            sampled_contexts=self._contexts(latent, evidence.sampled),
+            histogram=self._histogram(latent),
+            ablation=self._ablations.get(latent),
+            null=self._null.beside(summary.density, *self._null_output),
+        )
+
+    def summary(self, latent: int) -> LatentSummary:
+        """How often, how strongly and how clearly a latent fires."""
+        firings = int(self.evidence.firings[latent])
+        if firings == 0:
+            return LatentSummary(0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return LatentSummary(
+            firings=firings,
+            density=firings / self.evidence.rows,
+            mean=float(self.evidence.mass[latent]) / firings,
+            largest=float(self.evidence.largest[latent]),
+            clarity=float(self.clarity[latent]),
+            effective_tokens=float(np.exp(self._entropies[latent])),
+        )
+
+    def _histogram(self, latent: int) -> Histogram:
+        counts = self.evidence.histogram[latent]
+        seen = counts.nonzero().squeeze(1)
+        if not len(seen):
+            return Histogram([], [])
+        first, last = int(seen[0]), int(seen[-1])
+        bins = range(first, last + 2)
+        edges = [self.evidence.lowest * 2.0 ** (i / BINS_PER_OCTAVE) for i in bins]
+        return Histogram(edges, counts[first : last + 1].tolist())
+
+    def _contexts(self, latent: int, best: dict[str, Tensor]) -> list[Context]:
+        """Those kept, without repetitions of the same words."""
+        found: list[Context] = []
+        seen: set[tuple[int, ...]] = set()
+        for i in (best["value"][latent] > 0).nonzero().flatten().tolist():
+            sequence, begin, peak = (int(best[name][latent, i]) for name in ("sequence", "begin", "peak"))
+            trace = best["trace"][latent, i].float()
+            tokens = self._token_ids[sequence, begin : begin + len(trace)].tolist()
+            if tuple(tokens) not in seen:
+                seen.add(tuple(tokens))
+                quantile = self._quantile(latent, float(best["value"][latent, i]))
+                found.append(Context(sequence, begin, tokens, trace.tolist(), peak, quantile))
+        return sorted(found, key=lambda context: -context.activations[context.peak])
+
+    def _quantile(self, latent: int, value: float) -> float:
+        """Share of the latent's firings no stronger than `value`, interpolated within its bin."""
+        counts = self.evidence.histogram[latent].double()
+        place = float(np.log2(value / self.evidence.lowest)) * BINS_PER_OCTAVE
+        place = min(max(place, 0.0), len(counts) - 1e-9)
+        below = float(counts[: int(place)].sum() + counts[int(place)] * (place % 1))
+        return below / float(counts.sum())
 
     def clearest(self, count: int = 20) -> list[LatentReading]:
         """The latents that fire on the fewest kinds of tokens, one for each top token.
@@ -79,78 +171,89 @@ class Reading:
         Ranked by `LatentSummary.clarity`; latents that fired on fewer than `FEWEST_FIRINGS` rows are
         left out.
         """
-        summaries = [(i, self._inputs.summary(i)) for i in range(self._dictionary.n_latents)]
-        often = [(i, s) for i, s in summaries if s.firings >= FEWEST_FIRINGS]
-        found: list[LatentReading] = []
+        firings = self.evidence.firings.numpy()
+        often = (firings >= FEWEST_FIRINGS).nonzero()[0]
+        found: list[int] = []
         seen: set[int] = set()
-        for i, _ in sorted(often, key=lambda item: (-round(item[1].clarity, 3), -item[1].firings)):
-            top = self._inputs.top(i, 1)[0].token
+        for i in often[np.lexsort((-firings[often], -self.clarity[often].round(3)))]:
+            top = self.evidence.inputs.top(int(i), 1)[0].token
             if top not in seen:
                 seen.add(top)
-                found.append(self.latent(i))
+                found.append(int(i))
             if len(found) == count:
                 break
-        return found
+        return list(self.latents(found))
 
-    def table(self, latents: list[LatentReading]) -> str:
-        """One line per latent: density, clarity, input tokens with lift, output tokens."""
-        lines = [f"{'latent':>7} {'density':>8} {'clarity':>7}  {'fires on (share, lift)':<58} {'raises'}"]
-        for reading in latents:
-            inputs = "  ".join(
-                f"{self._text(t.token)} {t.share:.0%} x{t.lift:,.0f}" for t in reading.input_tokens[:3]
-            )
-            outputs = " ".join(self._text(t.token) for t in reading.output_tokens[:4]) or "-"
-            summary = reading.summary
-            lines.append(
-                f"{reading.latent:>7} {summary.density:>8.2%} {summary.clarity:>7.2f}  {inputs:<58} {outputs}"
-            )
-        return "\n".join(lines)
+    def firing_on(self, token: int, count: int = 20) -> list[LatentReading]:
+        """The latents that fire most tellingly on a token (by share x log lift)."""
+        return list(self.latents(self.evidence.inputs.latents_of(token)[0][:count].tolist()))
 
-    def page(self, reading: LatentReading) -> str:
-        """All that is known of one latent, several lines."""
-        s = reading.summary
-        lines = [
-            f"latent {reading.latent}: fires on {s.density:.3%} of tokens ({s.firings:,} seen), mean"
-            f" activation {s.mean:.3g}, clarity {s.clarity:.2f}"
-        ]
-        if not s.firings:
-            lines = [
-                f"latent {reading.latent} never fired on the rows read (dead): only its direction is known"
-            ]
-        if reading.input_tokens:
-            lines.append(
-                "\nfires on (by share x log lift)   share of activation   lift over base rate   firings"
-            )
-            lines += [
-                f"  {self._text(t.token):<22} {t.share:>10.1%} {t.lift:>24,.1f} {t.firings:>12,}"
-                for t in reading.input_tokens
-            ]
-        if reading.output_tokens:
-            lines.append("\nraises the logit of   by (per unit)   cosine with W_U")
-            lines += [
-                f"  {self._text(t.token):<22} {t.logit:>8.2f} {t.cosine:>14.2f}"
-                for t in reading.output_tokens
-            ]
-        return "\n".join(lines)
+    def raising(self, token: int, count: int = 20) -> list[tuple[int, OutputToken]]:
+        """The latents whose directions have the largest cosine with a token's unembedding; may be empty."""
+        if self._W_U is None:
+            return []
+        column = self._W_U[token]
+        directions = self.dictionary.directions.detach().float().cpu()
+        logits = directions @ column
+        best = logits.topk(min(count, self.n_latents)).indices.tolist()
+        norm = float(column.norm().clamp_min(1e-30))
+        return [(i, OutputToken(token, float(logits[i]), float(logits[i]) / norm)) for i in best]
 
+    @torch.inference_mode()
+    def on_text(self, text: str, per_token: int = 5) -> TextReading:
+        """Runs the model on a text and gives the strongest latents at every token.
 
-def rows_with_tokens(
-    cache: ActivationCache, hookpoint: str, max_rows: int
-) -> Iterator[tuple[Float[Tensor, "rows d_model"], Int[Tensor, " rows"]]]:
-    """Train rows, each with the token it was computed at, up to `max_rows`.
-
-    Raises:
-        InputError: if the cache does not know where its rows come from.
-    """
-    token_ids = cache.token_ids
-    given = 0
-    for batch in cache.batches("train", hookpoint, 8192):
-        if batch.sequence is None or batch.position is None:
+        Raises:
+            InputError: if the text is empty, or longer than the contexts that the dictionary was
+                trained on.
+        """
+        tokenizer = self._model.tokenizer
+        ids = [separator_id(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        context = self._token_ids.shape[1]
+        if len(ids) == 1:
+            raise InputError(f"`text` must have at least one token, got {text!r}.")
+        if len(ids) > context:
             raise InputError(
-                f"the cache {cache.folder} holds no token ids; directions cannot be read from it."
+                f"`text` must have at most {context - 1} tokens (the dictionary was trained on contexts of"
+                f" {context}, separator included), got {len(ids) - 1}; shorten it."
             )
-        tokens = token_ids[batch.sequence.long(), batch.position.long()].long()
-        yield batch.x[: max_rows - given], tokens[: max_rows - given]
-        given += len(tokens)
-        if given >= max_rows:
-            break
+        x = residuals(self._model.model, torch.tensor([ids]), [self.hookpoint])[self.hookpoint]
+        own = self.dictionary.directions
+        latents = self.dictionary.encode(x[0].to(own.device, own.dtype)).float().cpu()
+        best = latents.topk(min(per_token, self.n_latents), dim=-1)
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return TextReading(ids, [[(i, v) for i, v in zip(*row, strict=True) if v > 0] for row in rows])
+
+    def measure_ablations(self, which: Iterable[int], contexts: int = 6) -> None:
+        """Measures what the model predicts without each of these latents; later readings have it.
+
+        Nothing is measured for models without a causal head, or for latents that never fired.
+        """
+        if causal_head(self._model.model) is None:
+            return
+        top = self.evidence.top
+        firings = {
+            i: [
+                (int(top["sequence"][i, j]), int(top["begin"][i, j] + top["peak"][i, j]))
+                for j in (top["value"][i] > 0).nonzero().flatten().tolist()[:contexts]
+            ]
+            for i in map(self.check_latent, which)
+        }
+        self._ablations |= measure_ablations(
+            self._model.model, self.hookpoint, self.dictionary, self._token_ids, firings
+        )
+
+
+def _check_model(dictionary: Dictionary, token_ids: Tensor, language_model: LanguageModel) -> None:
+    width = language_model.model.config.get_text_config().hidden_size
+    if width != dictionary.d_model:
+        raise InputError(
+            f"the dictionary has d_model={dictionary.d_model}, {language_model.name} has {width}; it was"
+            " trained on another model."
+        )
+    known = max(len(language_model.tokenizer), 1)
+    if int(token_ids.max()) >= known:
+        raise InputError(
+            f"the cache has token {int(token_ids.max())}, the tokenizer of {language_model.name} knows only"
+            f" {known}; it was made with another tokenizer."
+        )

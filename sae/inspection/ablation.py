@@ -1,0 +1,117 @@
+"""What the model itself says of a latent: its next-token distribution with the latent set to zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from sae.activations.hookpoints import visiting, without_cache
+from sae.activations.language_model import causal_head
+from sae.activations.model_loss import LOGITS_AT_ONCE
+from sae.dictionaries import Dictionary
+from sae.inspection.latent import Ablation
+
+_SHOWN = 10
+
+
+@torch.inference_mode()
+def measure_ablations(
+    model: PreTrainedModel,
+    hookpoint: str,
+    dictionary: Dictionary,
+    token_ids: Int[Tensor, "sequences context"],
+    firings: Mapping[int, Sequence[tuple[int, int]]],
+) -> dict[int, Ablation]:
+    """Sets each latent to zero in contexts where it fires, and compares the next-token distributions.
+
+    The error of the reconstruction is kept: x becomes x - z_i d_i at every token of the context, and
+    the prediction is read at the firing in question. Changes of logits are taken relative to the
+    vocabulary's mean. As a null, a random direction of the same length is subtracted at the same tokens.
+
+    Args:
+        model: with a causal head.
+        hookpoint: of the dictionary.
+        dictionary: gives latents and directions.
+        token_ids: contexts.
+        firings: latent -> (sequence, position) of the firings to measure at.
+
+    Returns:
+        latent -> what was measured; latents without firings are left out.
+    """
+    jobs = [(latent, *place) for latent, places in firings.items() for place in places]
+    generator = torch.Generator().manual_seed(0)
+    sums: dict[int, Tensor] = {}
+    divergences: dict[int, list[tuple[float, float]]] = {}
+    head = causal_head(model)
+    assert head is not None, "the model predicts no next token"
+    vocabulary = len(next(head.parameters()))
+    at_once = max(1, LOGITS_AT_ONCE // (vocabulary * token_ids.shape[1]))
+    chunks = [jobs[i : i + at_once] for i in range(0, len(jobs), at_once)]
+    for chunk in tqdm(chunks, desc="ablations", unit=" batches", leave=False):
+        latents, sequences, positions = (torch.tensor(column) for column in zip(*chunk, strict=True))
+        random = F.normalize(torch.randn(len(chunk), dictionary.d_model, generator=generator), dim=-1)
+        of_latents = dictionary.directions[latents.to(dictionary.device)]
+        clean, ablated, null = (
+            _next_token_logits(model, hookpoint, dictionary, token_ids[sequences], positions, latents, remove)
+            for remove in (None, of_latents, random)
+        )
+        change = clean - ablated
+        change -= change.mean(-1, keepdim=True)
+        for row, (latent, _, _) in enumerate(chunk):
+            sums[latent] = sums[latent] + change[row] if latent in sums else change[row].clone()
+            pair = (_kl(clean[row], ablated[row]), _kl(clean[row], null[row]))
+            divergences.setdefault(latent, []).append(pair)
+    return {latent: _ablation(sums[latent], divergences[latent]) for latent in sums}
+
+
+def _next_token_logits(
+    model: PreTrainedModel,
+    hookpoint: str,
+    dictionary: Dictionary,
+    ids: Tensor,
+    positions: Tensor,
+    latents: Tensor,
+    remove: Float[Tensor, "sequences d_model"] | None,
+) -> Float[Tensor, "sequences vocabulary"]:
+    """Logits at one position of each sequence, with activation * `remove` subtracted at every token."""
+
+    def subtract(x: Tensor) -> Tensor | None:
+        if remove is None:
+            return None
+        rows = x.to(dictionary.device, dictionary.directions.dtype).reshape(-1, dictionary.d_model)
+        code = dictionary.encode_sparse(rows)
+        sequence = code.rows // x.shape[1]
+        mine = code.indices == latents.to(code.indices.device)[sequence]
+        activation = rows.new_zeros(len(rows), 1)
+        activation[code.rows[mine], 0] = code.values[mine]
+        along = remove.to(rows).repeat_interleave(x.shape[1], dim=0)
+        return (rows - activation * along).to(x.device, x.dtype).reshape(x.shape)
+
+    with visiting(model, hookpoint, subtract):
+        logits = model(input_ids=ids.to(model.device), **without_cache(model)).logits
+    return logits[torch.arange(len(ids)), positions].float().cpu()
+
+
+def _kl(clean: Tensor, changed: Tensor) -> float:
+    p, q = clean.log_softmax(-1), changed.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum())
+
+
+def _ablation(total: Tensor, divergences: list[tuple[float, float]]) -> Ablation:
+    mean = total / len(divergences)
+    raised, lowered = (mean * sign for sign in (1, -1))
+    count = min(_SHOWN, len(mean))
+    kl, random_kl = (sum(column) / len(divergences) for column in zip(*divergences, strict=True))
+    return Ablation(
+        raised=[(int(t), float(mean[t])) for t in raised.topk(count).indices],
+        lowered=[(int(t), float(mean[t])) for t in lowered.topk(count).indices],
+        kl=kl,
+        random_kl=random_kl,
+        positions=len(divergences),
+    )

@@ -1,0 +1,222 @@
+"""Evidence for every latent, gathered in one pass over a cache in bounded memory, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors_bytes
+from torch import Tensor
+from tqdm import tqdm
+
+from sae.activations.cache import ActivationCache
+from sae.activations.contexts import Contexts, token_ids_of, whole_contexts
+from sae.dictionaries import Dictionary
+from sae.errors import InputError
+from sae.files import write_atomically
+from sae.inspection.contexts import ContextKeeper
+from sae.inspection.input_tokens import TokenCounts
+from sae.inspection.null import RandomDetectors, null_scores
+from sae.ops.sparse import SparseLatents
+
+FORMAT = "sae-evidence/1"
+BINS_PER_OCTAVE = 4
+OCTAVES = 20
+"""Span of the activation histogram; activations beyond it are counted in its end bins."""
+WINDOW = 48
+TOP = 12
+SAMPLED = 12
+MOST_TOKENS = 10_000_000
+_TENSORS = ("firings", "mass", "largest", "histogram", "null")  # fields saved as they are
+_COUNTS = ("inputs", "previous")
+_NULL_SAMPLE = 32_768  # rows that the random directions' thresholds are set on
+
+
+@dataclass
+class Evidence:
+    """What one pass saw of every latent."""
+
+    rows: int
+    """Rows (tokens) seen."""
+    lowest: float
+    """Left edge of the histograms, raw units; bin i begins at lowest * 2^(i / BINS_PER_OCTAVE)."""
+    firings: Int[Tensor, " n_latents"]
+    mass: Float[Tensor, " n_latents"]
+    """Sum of activations."""
+    largest: Float[Tensor, " n_latents"]
+    histogram: Int[Tensor, "n_latents bins"]
+    inputs: TokenCounts
+    """By the token that the latent fires at."""
+    previous: TokenCounts
+    """By the token before it."""
+    null: Float[Tensor, "detectors scores"]
+    """The same scores of random directions, see `sae.inspection.null`."""
+    top: dict[str, Tensor]
+    """The strongest firing in each of a latent's best sequences: value, sequence, begin, peak, trace."""
+    sampled: dict[str, Tensor]
+    """A uniform sample of all firings, the same fields."""
+
+    def save(self, path: Path, about: dict[str, Any]) -> None:
+        """Writes one safetensors file atomically; `about` says what it was gathered from."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        for group in _COUNTS:
+            tensors |= {f"{group}.{name}": t for name, t in getattr(self, group).tensors().items()}
+        for group in ("top", "sampled"):
+            tensors |= {f"{group}.{name}": t for name, t in getattr(self, group).items()}
+        header = {
+            "format": FORMAT,
+            "rows": str(self.rows),
+            "lowest": repr(self.lowest),
+            "about": json.dumps(about, sort_keys=True),
+        }
+        data = to_safetensors_bytes({n: t.cpu().contiguous() for n, t in tensors.items()}, metadata=header)
+        write_atomically(path, data)
+
+    @classmethod
+    def load(cls, path: Path, about: dict[str, Any]) -> Evidence | None:
+        """What `save` wrote; None if the file is missing, damaged, or gathered from something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT or json.loads(header["about"]) != about:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
+            return None
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
+
+        return cls(
+            rows=int(header["rows"]),
+            lowest=float(header["lowest"]),
+            **{name: tensors[name] for name in _TENSORS},
+            **{name: TokenCounts.from_tensors(group(name)) for name in _COUNTS},
+            top=group("top"),
+            sampled=group("sampled"),
+        )
+
+
+@torch.inference_mode()
+def gather_evidence(
+    dictionary: Dictionary, cache: ActivationCache, hookpoint: str, max_tokens: int = MOST_TOKENS
+) -> Evidence:
+    """Encodes train rows once, context by context, and keeps what shows each latent.
+
+    Exact over the rows seen: counts, sums, the strongest contexts. Memory does not grow with the rows:
+    a histogram, 24 windows of 48 tokens and the token counts of each latent (see `TokenCounts`).
+
+    Args:
+        dictionary: with latents that are never negative.
+        cache: with token ids.
+        hookpoint: which of its rows.
+        max_tokens: rows read at most, whole contexts; the first ones on disk, a fair sample.
+
+    Raises:
+        InputError: if the dictionary does not have the width of the rows or has negative latents, or
+            the cache knows no tokens.
+    """
+    if dictionary.d_model != cache.d_model(hookpoint):
+        raise InputError(
+            f"the dictionary has d_model={dictionary.d_model}, the cache {cache.folder} has"
+            f" {cache.d_model(hookpoint)} at {hookpoint}; they are not of one run."
+        )
+    token_ids = token_ids_of(cache)
+    context = token_ids.shape[1]
+    total = min(cache.n_rows("train"), max(context, max_tokens // context * context))
+    batches = _up_to(total // context, whole_contexts(cache, "train", hookpoint))
+    first: list[Contexts] = []
+    while sum(len(b.sequence) for b in first) * context < min(total, _NULL_SAMPLE):
+        first.append(next(batches))
+    sample = torch.cat([_rows(dictionary, batch) for batch in first])
+    gathering = _Gathering(dictionary, sample, context, vocabulary=int(token_ids.max()) + 1)
+    with tqdm(total=total, desc="evidence", unit=" tokens", unit_scale=True, leave=False) as bar:
+        for batch in chain(first, batches):
+            gathering.add(_rows(dictionary, batch), batch)
+            bar.update(batch.token_ids.numel())
+    return gathering.evidence()
+
+
+def _up_to(sequences: int, batches: Iterator[Contexts]) -> Iterator[Contexts]:
+    left = sequences
+    for batch in batches:
+        yield Contexts(*(part[:left] for part in batch))
+        left -= len(batch.sequence)
+        if left <= 0:
+            return
+
+
+def _rows(dictionary: Dictionary, batch: Contexts) -> Tensor:
+    own = dictionary.directions
+    return batch.x.reshape(-1, dictionary.d_model).to(own.device, own.dtype)
+
+
+class _Gathering:
+    """A pass under way."""
+
+    def __init__(self, dictionary: Dictionary, sample: Tensor, context: int, vocabulary: int) -> None:
+        n, device = dictionary.n_latents, sample.device
+        self._dictionary = dictionary
+        self._null = RandomDetectors(sample)
+        self._rows = 0
+        self._firings = torch.zeros(n, dtype=torch.int64, device=device)
+        self._mass = torch.zeros(n, dtype=torch.float64, device=device)
+        self._largest = torch.zeros(n, dtype=torch.float64, device=device)
+        self._histogram = torch.zeros(n, OCTAVES * BINS_PER_OCTAVE, dtype=torch.int64, device=device)
+        # The span reaches four octaves above anything in the sample.
+        values = dictionary.encode_sparse(sample[:4096]).values
+        top = float(values.max()) if len(values) else 1.0
+        self._lowest = 2.0 ** (4 - OCTAVES) * max(top, 1e-30)
+        self._contexts = ContextKeeper(n, context, WINDOW, TOP, SAMPLED, device)
+        self._counts = [TokenCounts(size, vocabulary) for size in (n, n, *2 * [self._null.n_latents])]
+
+    def add(self, x: Tensor, batch: Contexts) -> None:
+        code = self._dictionary.encode_sparse(x)
+        if len(code.values) and float(code.values.min()) < 0:
+            raise InputError(
+                f"{type(self._dictionary).__name__} has negative latents; evidence is read for latents that"
+                " are never negative."
+            )
+        self._rows += len(x)
+        n, bins = self._histogram.shape
+        self._firings += torch.bincount(code.indices, minlength=n)
+        self._mass += torch.bincount(code.indices, weights=code.values.double(), minlength=n)
+        self._largest.scatter_reduce_(0, code.indices, code.values.double(), "amax")
+        octaves = (code.values.double() / self._lowest).log2() * BINS_PER_OCTAVE
+        place = code.indices * bins + octaves.floor().long().clamp(0, bins - 1)
+        self._histogram += torch.bincount(place, minlength=n * bins).reshape(n, bins)
+        self._contexts.add(batch.sequence, code)
+        self._count(code, batch.token_ids, *self._counts[:2])
+        self._count(self._null.encode_sparse(x), batch.token_ids, *self._counts[2:])
+
+    @staticmethod
+    def _count(code: SparseLatents, ids: Tensor, inputs: TokenCounts, previous: TokenCounts) -> None:
+        rows, latents, values = (t.cpu() for t in (code.rows, code.indices, code.values))
+        text = ids.flatten()
+        inputs.add(text, latents, text[rows], values)
+        later = rows % ids.shape[1] > 0
+        before = text.roll(1)[rows[later]]
+        previous.add(ids[:, :-1].flatten(), latents[later], before, values[later])
+
+    def evidence(self) -> Evidence:
+        inputs, previous, *of_null = self._counts
+        contexts = self._contexts
+        return Evidence(
+            self._rows,
+            self._lowest,
+            self._firings.cpu(),
+            self._mass.cpu(),
+            self._largest.cpu(),
+            self._histogram.cpu(),
+            inputs,
+            previous,
+            null_scores(*of_null),
+            *({name: t.cpu() for name, t in best.kept.items()} for best in (contexts.top, contexts.sampled)),
+        )

@@ -29,6 +29,23 @@ def coherence(directions: Float[Tensor, "n d_model"]) -> float:
     return float(cosines.fill_diagonal_(0.0).max())
 
 
+def nearest_neighbour_cosines(
+    directions: Float[Tensor, "n d_model"], chunk: int = 512
+) -> Float[Tensor, " n"]:
+    """Of each row, the largest |cos| with another row; 0 where there is no other.
+
+    Takes `chunk` rows at a time, so that memory is chunk * n numbers and never n * n.
+    """
+    unit = F.normalize(directions, dim=-1)
+    nearest = unit.new_zeros(len(unit))
+    for begin in range(0, len(unit), chunk):
+        rows = unit[begin : begin + chunk]
+        cosines = (rows @ unit.T).abs()
+        cosines[:, begin:].fill_diagonal_(0.0)
+        nearest[begin : begin + chunk] = cosines.max(dim=1).values
+    return nearest.clamp_max(1.0)
+
+
 def spread_directions(
     n: int, d_model: int, max_cosine: float, generator: torch.Generator, steps: int = 2000
 ) -> Float[Tensor, "n d_model"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +34,7 @@ class ReconstructionMetrics:
     """Accumulates `ReconstructionScores` batch by batch, in float64, on the device of the batches.
 
     Predicting the mean of the rows scores an FVU of 1, a perfect copy scores 0. Memory: one number
-    per row and one bit per latent, whatever d_model.
+    per row and one per latent, whatever d_model.
     """
 
     def __init__(self, n_latents: int, mean: Float[Tensor, " d_model"]) -> None:
@@ -49,7 +49,7 @@ class ReconstructionMetrics:
         self._all = _SumsOfSquares()
         self._later_positions = _SumsOfSquares()
         self._positions_known = True
-        self._fired = torch.zeros(n_latents, dtype=torch.bool)
+        self._firings = torch.zeros(n_latents, dtype=torch.int64)
         self._active: Tensor | int = 0
         self._cosine: Tensor | float = 0.0
         self._relative: list[Tensor] = []
@@ -79,10 +79,21 @@ class ReconstructionMetrics:
         else:
             self._later_positions.add(centred[~first_position], residual[~first_position])
         firing = latents.values != 0
-        self._fired = self._fired.to(x.device)
-        self._fired[latents.indices[firing]] = True
+        counts = torch.bincount(latents.indices[firing], minlength=len(self._firings))
+        self._firings = self._firings.to(x.device) + counts
         self._active = self._active + firing.sum()
         self._cosine = self._cosine + F.cosine_similarity(x, x_hat, dim=-1).sum()
+
+    @property
+    def densities(self) -> Float64[Tensor, " n_latents"]:
+        """Share of the rows added on which each latent fired.
+
+        Raises:
+            InputError: if no row was added.
+        """
+        if self._all.count == 0:
+            raise InputError("no held-out rows to score; raise `held_out` or `n_tokens`.")
+        return self._firings.double() / self._all.count
 
     def compute(self) -> ReconstructionScores:
         """The scores of everything added so far.
@@ -90,15 +101,13 @@ class ReconstructionMetrics:
         Raises:
             InputError: if no row was added.
         """
-        rows = self._all.count
-        if rows == 0:
-            raise InputError("no held-out rows to score; raise `held_out` or `n_tokens`.")
+        densities, rows = self.densities, self._all.count
         return ReconstructionScores(
             fvu=self._all.fvu(),
             fvu_without_first_position=self._later_positions.fvu() if self._positions_known else None,
             fvu_median=float(torch.cat(self._relative).median()),
             l0=float(self._active) / rows,
-            dead_fraction=1.0 - float(self._fired.double().mean()),
+            dead_fraction=float((densities == 0).double().mean()),
             cosine=float(self._cosine) / rows,
         )
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning
 import torch
+from jaxtyping import Float64
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -103,6 +104,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self._auxk_coefficient = auxk_coefficient
         self._dead_after_tokens = dead_after_tokens
         self._scores: ReconstructionScores | None = None
+        self._densities: Tensor | None = None
         self._held_out: ReconstructionMetrics | None = None
 
     @property
@@ -114,6 +116,16 @@ class SparseAutoencoderModule(lightning.LightningModule):
     def scores(self) -> ReconstructionScores | None:
         """Held-out scores of the last validation or test; None before the first."""
         return self._scores
+
+    @property
+    def densities(self) -> Float64[Tensor, " n_latents"] | None:
+        """Share of held-out rows on which each latent fired in the last validation or test; None before."""
+        return self._densities
+
+    @property
+    def lr(self) -> float:
+        """Adam's rate at its peak: as given, or the recipe's rule."""
+        return self._lr or learning_rate_for_width(self.dictionary.n_latents)
 
     def check_dictionary(self) -> None:
         """Raises `InputError` for a dictionary that cannot be built, without data and without memory."""
@@ -210,8 +222,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Fused Adam and the schedule."""
-        lr = self._lr or learning_rate_for_width(self.dictionary.n_latents)
-        optimizer = torch.optim.Adam(self.dictionary.parameters(), lr=lr, betas=(0.9, 0.999), fused=True)
+        optimizer = torch.optim.Adam(self.dictionary.parameters(), lr=self.lr, betas=(0.9, 0.999), fused=True)
         max_steps = int(self.trainer.estimated_stepping_batches)
 
         def factor(step: int) -> float:
@@ -247,7 +258,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
 
     def _finish_scores(self, stage: str) -> None:
         assert self._held_out is not None
-        self._scores = self._held_out.compute()
+        self._scores, self._densities = self._held_out.compute(), self._held_out.densities
         if self._scores.fvu is not None and not math.isfinite(self._scores.fvu):
             raise InputError(
                 f"training diverged: the held-out FVU is {self._scores.fvu} at step {self.global_step}; lower"
@@ -255,3 +266,4 @@ class SparseAutoencoderModule(lightning.LightningModule):
             )
         known = {name: value for name, value in self._scores._asdict().items() if value is not None}
         self.log_dict({f"{stage}/{name}": value for name, value in known.items()})
+        self.log("step", float(self.global_step))  # else Lightning draws them one step early

@@ -53,6 +53,17 @@ def test_l0_and_dead_count_non_zero_latents_by_hand():
     assert scores.l0 == 1.5 and scores.dead_fraction == 0.5
 
 
+def test_densities_are_shares_of_all_rows_by_hand():
+    latents = torch.tensor([[1.0, 0.0, 2.0], [0.5, 0.0, 0.0], [3.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+    metrics = ReconstructionMetrics(3, torch.zeros(2))
+    for rows in (slice(0, 1), slice(1, 4)):
+        metrics.add(torch.randn(4, 2)[rows], torch.randn(4, 2)[rows], from_dense(latents[rows]), None)
+    assert metrics.densities.tolist() == [0.75, 0.0, 0.5]
+    scores = metrics.compute()
+    assert scores.dead_fraction == pytest.approx(1 / 3)
+    assert scores.l0 == pytest.approx(float(metrics.densities.sum()))
+
+
 def test_cosine_and_median_by_hand():
     x = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
     x_hat = torch.tensor([[6.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
@@ -64,3 +75,5 @@ def test_cosine_and_median_by_hand():
 def test_no_rows_is_an_error():
     with pytest.raises(InputError, match="no held-out rows"):
         ReconstructionMetrics(4, torch.zeros(3)).compute()
+    with pytest.raises(InputError, match="no held-out rows"):
+        _ = ReconstructionMetrics(4, torch.zeros(3)).densities

@@ -26,6 +26,8 @@ from sae.callbacks import (  # the first two for their short names
     NMFBaseline,
     PCABaseline,
     RunFolder,
+    SplicedLoss,
+    TensorBoardPanels,
     Throughput,
     TrainingBar,
 )
@@ -116,7 +118,9 @@ class SaeCLI(LightningCLI):
         config = self.config_init.trainer
         extra: list[lightning.Callback] = [
             Throughput(),
+            SplicedLoss(),
             RunFolder(root, self.save_config, self.config.seed_everything),
+            TensorBoardPanels(),
         ]
         if config.enable_checkpointing is not False:
             extra.append(_Checkpoints(root / "checkpoints"))

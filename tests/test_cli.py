@@ -1,6 +1,7 @@
 """The front door: one command from model and text to a trained dictionary; its errors."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -172,17 +173,22 @@ def test_run_that_died_between_training_and_scoring_is_finished_by_the_same_comm
 
 def test_tensorboard_has_one_chart_with_every_method(config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
     main(["--config", str(config)])
-    for method, row in {"sae": _metrics(tmp_path), **_metrics(tmp_path)["baselines"]}.items():
-        events = EventAccumulator(
-            str(tmp_path / "run" / "tensorboard" / f"fvu_at_equal_l0_{method}")
-        ).Reload()
-        drawn = events.Scalars("fvu_at_equal_l0")
-        assert [e.step for e in drawn][:2] == [20, 40] and drawn[-1].value == pytest.approx(
-            row["fvu"], rel=1e-5
-        )
-    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tags()["scalars"]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    (text,) = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val
+    charts = {c.title: c.multiline.tag for c in Layout.FromString(text).category[0].chart}
+    drawn = {tag for pattern in charts["FVU"] for tag in events.Tags()["scalars"] if re.match(pattern, tag)}
+    assert drawn == {"val/fvu", "test/fvu", "baseline/pca/fvu", "baseline/nmf/fvu"}
+    methods = {"val/fvu": _metrics(tmp_path)}
+    methods |= {f"baseline/{name}/fvu": row for name, row in _metrics(tmp_path)["baselines"].items()}
+    for tag, row in methods.items():
+        points = events.Scalars(tag)
+        assert [e.step for e in points][:2] == [20, 40]
+        assert points[-1].value == pytest.approx(row["fvu"], rel=1e-5)
+    assert not [path for path in (tmp_path / "run" / "tensorboard").iterdir() if list(path.glob("events*"))]
+    curves = events.Tags()["scalars"]
     assert {"train/fvu", "val/fvu", "train/lr", "train/grad_norm", "train/dead_fraction"} <= set(curves)
 
 

@@ -1,8 +1,18 @@
-"""Lightning callbacks: baselines beside the autoencoder, throughput, the run folder."""
+"""Lightning callbacks: baselines beside the autoencoder, throughput, the run folder, TensorBoard."""
 
 from sae.callbacks.baselines import NMFBaseline, PCABaseline
 from sae.callbacks.progress import TrainingBar
 from sae.callbacks.run_folder import RunFolder
+from sae.callbacks.spliced_loss import SplicedLoss
+from sae.callbacks.tensorboard import TensorBoardPanels
 from sae.callbacks.throughput import Throughput
 
-__all__ = ["NMFBaseline", "PCABaseline", "RunFolder", "Throughput", "TrainingBar"]
+__all__ = [
+    "NMFBaseline",
+    "PCABaseline",
+    "RunFolder",
+    "SplicedLoss",
+    "TensorBoardPanels",
+    "Throughput",
+    "TrainingBar",
+]

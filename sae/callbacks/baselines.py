@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from sae.ops.sparse import SparseLatents
 from sae.training import SparseAutoencoderModule
 
 
-class _BaselineCallback(lightning.Callback):
+class BaselineCallback(lightning.Callback):
     """Fits one baseline before training and scores it at every validation.
 
     At the autoencoder's own L0: unit atoms, the same mean, k = round(l0) coefficients a row. Scores go
@@ -59,6 +60,12 @@ class _BaselineCallback(lightning.Callback):
         if self._fitted is None:
             raise InputError(f"the {self.name} baseline is fitted when training starts; it has not started.")
         return self._fitted
+
+    def reconstruct(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
+        """Rows written with as many coefficients as at the last scoring: the autoencoder's L0."""
+        assert self._at is not None, "reconstructing before the first validation"
+        x = x.to(self.baseline.device, torch.float32)
+        return self.baseline.decode_sparse(self.baseline.sparse_code(x, self._at))
 
     def metrics(self) -> dict[str, Any]:
         """What goes into metrics.json."""
@@ -113,7 +120,7 @@ class _BaselineCallback(lightning.Callback):
         return baseline.fit(_TrainRows(data, self._max_rows, device), data.moments)
 
 
-class PCABaseline(_BaselineCallback):
+class PCABaseline(BaselineCallback):
     """Principal components, exact from the cache's second moments.
 
     At equal L0 a row keeps its k largest coefficients among all components.
@@ -136,7 +143,7 @@ class PCABaseline(_BaselineCallback):
         return PCA(d_model, n_components)
 
 
-class NMFBaseline(_BaselineCallback):
+class NMFBaseline(BaselineCallback):
     """Non-negative matrix factorisation of the rows split into positive and negative parts.
 
     At equal L0 a row is coded by non-negative orthogonal pursuit of k atoms.

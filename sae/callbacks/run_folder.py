@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sae.activations import ActivationDataModule
@@ -17,6 +16,9 @@ from sae.callbacks.throughput import Throughput
 from sae.dictionaries import save_dictionary
 from sae.files import write_json
 from sae.training import SparseAutoencoderModule
+
+MODEL_LOSS_KEYS = ("ce_clean", "ce_spliced", "ce_mean_ablated", "ce_increase", "ce_increase_se", "kl")
+"""Null where the language model is not at hand, or predicts no next token."""
 
 
 class RunFolder(lightning.Callback):
@@ -35,6 +37,12 @@ class RunFolder(lightning.Callback):
         self._seed = seed
         self._begin = time.monotonic()
         self._earlier_s = 0.0  # wall time of the sessions that this one resumes
+        self._last_metrics: dict[str, Any] = {}
+
+    @property
+    def last_metrics(self) -> dict[str, Any]:
+        """What metrics.json was last given by this process; empty before, and on other ranks than 0."""
+        return self._last_metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Wall time so far."""
@@ -97,30 +105,23 @@ class RunFolder(lightning.Callback):
             "d_model": dictionary.d_model,
             "n_latents": dictionary.n_latents,
             "seed": self._seed,
+            **dict.fromkeys(MODEL_LOSS_KEYS),
             "baselines": {},
         }
         for callback in trainer.callbacks:
             if hasattr(callback, "metrics"):
-                for key, value in callback.metrics().items():
-                    metrics[key] = metrics.get(key, {}) | value
+                _merge(metrics, callback.metrics())
         write_json(self.folder / "metrics.json", metrics)
-        _draw_methods_together(trainer, metrics)
+        self._last_metrics = metrics
 
     def _wall_s(self) -> float:
         return self._earlier_s + time.monotonic() - self._begin
 
 
-def _draw_methods_together(trainer: lightning.Trainer, metrics: dict[str, Any]) -> None:
-    """One TensorBoard chart per quantity with every method in it, each in its own colour."""
-    baselines = metrics["baselines"]
-    for logger in trainer.loggers:
-        if not isinstance(logger, TensorBoardLogger) or not baselines:
-            continue
-        at_equal_l0 = {"sae": metrics["fvu"]} | {name: row["fvu"] for name, row in baselines.items()}
-        logger.experiment.add_scalars("fvu_at_equal_l0", at_equal_l0, metrics["steps"])
-        if metrics["finished"]:  # x = number of components
-            for name, row in baselines.items():
-                for components, fvu in sorted(
-                    row["fvu_by_components"].items(), key=lambda pair: int(pair[0])
-                ):
-                    logger.experiment.add_scalars("fvu_by_components", {name: fvu}, int(components))
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    """Adds values, and those of dictionaries within to those that are there."""
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

@@ -34,8 +34,6 @@ WINDOW = 48
 TOP = 12
 SAMPLED = 12
 MOST_TOKENS = 10_000_000
-_TENSORS = ("firings", "mass", "largest", "histogram", "null")  # fields saved as they are
-_COUNTS = ("inputs", "previous")
 _NULL_SAMPLE = 32_768  # rows that the random directions' thresholds are set on
 
 
@@ -65,8 +63,8 @@ class Evidence:
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Writes one safetensors file atomically; `about` says what it was gathered from."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        for group in _COUNTS:
+        tensors = {name: getattr(self, name) for name in ("firings", "mass", "largest", "histogram", "null")}
+        for group in ("inputs", "previous"):
             tensors |= {f"{group}.{name}": t for name, t in getattr(self, group).tensors().items()}
         for group in ("top", "sampled"):
             tensors |= {f"{group}.{name}": t for name, t in getattr(self, group).items()}
@@ -97,8 +95,13 @@ class Evidence:
         return cls(
             rows=int(header["rows"]),
             lowest=float(header["lowest"]),
-            **{name: tensors[name] for name in _TENSORS},
-            **{name: TokenCounts.from_tensors(group(name)) for name in _COUNTS},
+            firings=tensors["firings"],
+            mass=tensors["mass"],
+            largest=tensors["largest"],
+            histogram=tensors["histogram"],
+            inputs=TokenCounts.from_tensors(group("inputs")),
+            previous=TokenCounts.from_tensors(group("previous")),
+            null=tensors["null"],
             top=group("top"),
             sampled=group("sampled"),
         )

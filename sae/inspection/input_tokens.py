@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor
 
 from sae.errors import InputError
@@ -40,11 +41,11 @@ class TokenCounts:
         self._most_pairs = most_pairs
         self.text = np.zeros(vocabulary, dtype=np.int64)
         """Rows of the text at each token."""
-        self._keys = np.empty(0, dtype=np.int64)  # latent * vocabulary + token, rising
-        self._sums = np.empty((3, 0))  # activation, its square, firings
+        # CSR matrices of one pattern, latents by tokens: activation, its square, firings.
+        self._sums = [csr_matrix((n_latents, vocabulary)) for _ in range(3)]
         self._pooled_mass = np.zeros(n_latents)
         self._pooled_pairs = np.zeros(n_latents)
-        self._waiting: list[tuple[NDArray, NDArray]] = []
+        self._waiting: list[tuple[NDArray, NDArray, NDArray]] = []
         self._n_waiting = 0
 
     def add(
@@ -63,46 +64,43 @@ class TokenCounts:
             values: and the activation.
         """
         self.text += np.bincount(text.cpu().numpy(), minlength=self.vocabulary)
-        keys = latents.cpu().numpy().astype(np.int64) * self.vocabulary + tokens.cpu().numpy()
-        self._waiting.append((keys, values.cpu().double().numpy()))
-        self._n_waiting += len(keys)
-        if self._n_waiting > max(_MERGE_ABOVE, len(self._keys)):
+        waiting = (latents.cpu().int().numpy(), tokens.cpu().int().numpy(), values.cpu().double().numpy())
+        self._waiting.append(waiting)
+        self._n_waiting += len(values)
+        if self._n_waiting > max(_MERGE_ABOVE, self._sums[0].nnz):
             self._merge()
 
     def _merge(self) -> None:
         if not self._waiting:
             return
-        keys = np.concatenate([keys for keys, _ in self._waiting])
-        values = np.concatenate([values for _, values in self._waiting])
+        latents, tokens, values = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
         self._waiting, self._n_waiting = [], 0
-        new, place = np.unique(keys, return_inverse=True)
-        sums = [np.bincount(place, weights=w, minlength=len(new)) for w in (values, values**2, None)]
-        both = np.concatenate([self._keys, new])
-        self._keys, place = np.unique(both, return_inverse=True)
-        added = np.concatenate([self._sums, np.stack(sums)], axis=1)
-        self._sums = np.stack([np.bincount(place, weights=w, minlength=len(self._keys)) for w in added])
-        if len(self._keys) > self._most_pairs:
+        for i, data in enumerate((values, values**2, np.ones(len(values)))):
+            # Converting adds up what falls on one pair; all is positive, so the patterns stay alike.
+            self._sums[i] = self._sums[i] + coo_matrix((data, (latents, tokens)), self._sums[i].shape).tocsr()
+        if self._sums[0].nnz > self._most_pairs:
             self._pool_the_lightest()
 
     def _pool_the_lightest(self) -> None:
-        latents = self._keys // self.vocabulary
-        heaviest_first = np.lexsort((-self._sums[0], latents))
-        begin = np.searchsorted(latents, np.arange(self.n_latents))
-        rank = np.empty(len(latents), dtype=np.int64)
-        rank[heaviest_first] = np.arange(len(latents)) - begin[latents[heaviest_first]]
+        pairs = self._sums[0].tocoo()
+        heaviest_first = np.lexsort((np.negative(pairs.data), pairs.row))
+        first = np.asarray(self._sums[0].indptr)[pairs.row[heaviest_first]]
+        rank = np.empty(pairs.nnz, dtype=np.int64)
+        rank[heaviest_first] = np.arange(pairs.nnz) - first
         kept = rank < self._per_latent // 2
-        mass = self._sums[0][~kept]
-        self._pooled_mass += np.bincount(latents[~kept], weights=mass, minlength=self.n_latents)
-        self._pooled_pairs += np.bincount(latents[~kept], minlength=self.n_latents)
-        self._keys, self._sums = self._keys[kept], self._sums[:, kept]
+        lost = np.flatnonzero(~kept)
+        self._pooled_mass += np.bincount(pairs.row[lost], pairs.data[lost], minlength=self.n_latents)
+        self._pooled_pairs += np.bincount(pairs.row[lost], minlength=self.n_latents)
+        place = (pairs.row[kept], pairs.col[kept])
+        self._sums = [coo_matrix((m.data[kept], place), m.shape).tocsr() for m in self._sums]
 
-    def _of(self, latent: int) -> tuple[NDArray, NDArray]:
+    def _of(self, latent: int) -> tuple[NDArray, list[NDArray]]:
         """Tokens of a latent, and their sums of activation, its square, and firings."""
         if not 0 <= latent < self.n_latents:
             raise InputError(f"latents are numbered 0 to {self.n_latents - 1}, got {latent}.")
         self._merge()
-        here = slice(*np.searchsorted(self._keys, [latent * self.vocabulary, (latent + 1) * self.vocabulary]))
-        return self._keys[here] - latent * self.vocabulary, self._sums[:, here]
+        here = slice(*self._sums[0].indptr[latent : latent + 2])
+        return self._sums[0].indices[here], [sums.data[here] for sums in self._sums]
 
     def top(self, latent: int, count: int) -> list[InputToken]:
         """The tokens that say most about a latent; empty if it never fired.
@@ -133,16 +131,18 @@ class TokenCounts:
     def firings(self) -> Float[np.ndarray, " n_latents"]:
         """Firings of every latent that are counted by token."""
         self._merge()
-        return np.bincount(self._keys // self.vocabulary, weights=self._sums[2], minlength=self.n_latents)
+        return np.asarray(self._sums[2].sum(axis=1)).ravel()
+
+    def _whole(self) -> NDArray:
+        """Activation of every latent over all tokens."""
+        self._merge()
+        return np.asarray(self._sums[0].sum(axis=1)).ravel() + self._pooled_mass
 
     def entropies(self) -> Float[np.ndarray, " n_latents"]:
         """H(q) of every latent in nats; 0 where it never fired."""
-        self._merge()
-        latents = self._keys // self.vocabulary
-        mass = self._sums[0]
-        whole = np.bincount(latents, weights=mass, minlength=self.n_latents) + self._pooled_mass
-        log_mass = np.bincount(latents, weights=mass * np.log(mass), minlength=self.n_latents)
-        pooled = self._pooled_mass
+        whole, mass, pooled = self._whole(), self._sums[0].copy(), self._pooled_mass
+        mass.data *= np.log(mass.data)
+        log_mass = np.asarray(mass.sum(axis=1)).ravel()
         with np.errstate(divide="ignore", invalid="ignore"):
             # What was pooled counts as spread evenly over the pairs that went into it. A token pooled
             # twice counts twice, so entropy is rather over- than underestimated.
@@ -156,23 +156,20 @@ class TokenCounts:
 
     def latents_of(self, token: int) -> tuple[Int[np.ndarray, " found"], Float[np.ndarray, " found"]]:
         """The latents that fire on a token, by falling share x log lift, and these scores."""
-        self._merge()
-        here = self._keys % self.vocabulary == token
-        latents, mass = self._keys[here] // self.vocabulary, self._sums[0][here]
-        owner = self._keys // self.vocabulary
-        whole = np.bincount(owner, weights=self._sums[0], minlength=self.n_latents) + self._pooled_mass
-        share = mass / whole[latents]
+        whole, column = self._whole(), self._sums[0].getcol(token).tocoo()
+        share = column.data / whole[column.row]
         scores = share * np.log(share * self.text.sum() / max(1, self.text[token]))
         best = np.argsort(-scores, kind="stable")
-        return latents[best], scores[best]
+        return column.row[best], scores[best]
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything, to be saved; activations in float32."""
         self._merge()
         arrays = {
             "text": self.text,
-            "keys": self._keys,
-            "sums": self._sums.astype(np.float32),
+            "indptr": self._sums[0].indptr.astype(np.int64),
+            "indices": self._sums[0].indices.astype(np.int32),
+            "sums": np.stack([sums.data for sums in self._sums]).astype(np.float32),
             "pooled": np.stack([self._pooled_mass, self._pooled_pairs]),
         }
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -180,11 +177,15 @@ class TokenCounts:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> TokenCounts:
         """What `tensors` gave."""
-        pooled = tensors["pooled"].numpy()
-        counts = cls(pooled.shape[1], len(tensors["text"]))
-        counts.text, counts._keys = tensors["text"].numpy(), tensors["keys"].numpy()
-        counts._sums = tensors["sums"].double().numpy()
-        counts._pooled_mass, counts._pooled_pairs = pooled
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        counts = cls(arrays["pooled"].shape[1], len(arrays["text"]))
+        counts.text = arrays["text"]
+        shape = (counts.n_latents, counts.vocabulary)
+        counts._sums = [
+            csr_matrix((data.astype(np.float64), arrays["indices"], arrays["indptr"]), shape)
+            for data in arrays["sums"]
+        ]
+        counts._pooled_mass, counts._pooled_pairs = arrays["pooled"]
         return counts
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+FEWEST_FIRINGS = 50
+"""Rows on which a latent must have fired to be called clear, or clearer than chance: fewer are anecdotes."""
+
 
 class InputToken(NamedTuple):
     """One token that a latent fires on (or right after)."""

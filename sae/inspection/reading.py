@@ -16,13 +16,19 @@ from sae.dictionaries import Dictionary
 from sae.errors import InputError
 from sae.inspection.ablation import measure_ablations
 from sae.inspection.evidence import BINS_PER_OCTAVE, Evidence
-from sae.inspection.latent import Ablation, Context, Histogram, LatentReading, LatentSummary, OutputToken
+from sae.inspection.latent import (
+    FEWEST_FIRINGS,
+    Ablation,
+    Context,
+    Histogram,
+    LatentReading,
+    LatentSummary,
+    OutputToken,
+)
 from sae.inspection.null import NullDistribution, clarities, random_output_scores
 from sae.inspection.output_tokens import output_tokens
 from sae.inspection.token_text import TokenText
 
-FEWEST_FIRINGS = 50
-"""Rows on which a latent must have fired to be called clear: fewer are anecdotes."""
 TOKENS_SHOWN = 10
 _AT_ONCE = 128  # latents multiplied with the unembedding together
 

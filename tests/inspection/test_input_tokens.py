@@ -115,7 +115,7 @@ def test_beyond_its_memory_it_keeps_the_heaviest_tokens_and_the_whole_mass(monke
     latents = torch.rand(4000, 2) + 0.5
     exact = _count(tokens, latents, vocabulary=1000)
     bounded = _count(tokens, latents, vocabulary=1000, batch=500, most_pairs=400)
-    assert len(bounded.tensors()["keys"]) <= 400 < len(exact.tensors()["keys"])
+    assert len(bounded.tensors()["indices"]) <= 400 < len(exact.tensors()["indices"])
     for i in range(2):
         frequent = {t.token: t for t in bounded.top(i, 100) if t.token < 3}
         for t in exact.top(i, 1000):

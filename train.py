@@ -5,16 +5,20 @@
         --trainer.default_root_dir runs/k8
 
 The steps: build everything from the configuration, make the activation cache where it is missing,
-train, score on held-out documents, and print what was found. The same command again resumes an
-unfinished run and shows a finished one; `--fresh` starts over.
+train, score on held-out documents, print what was found, and write the report. The same command again
+resumes an unfinished run and shows a finished one; `--fresh` starts over.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
 from sae.cli import SaeCLI, exit_on_input_error
 from sae.errors import InputError
+from sae.inspection import latent_table
+from sae.reporting import report_run
 from sae.runs import checkpoint_to_resume, discard_run, is_finished, open_run, summary
 
 
@@ -23,7 +27,8 @@ def main(args: list[str] | None = None) -> None:
     cli = SaeCLI(args)
     folder, config = cli.run_folder, cli.config_values
     checkpoint = None if cli.config.fresh else checkpoint_to_resume(folder, config)
-    if not cli.config.fresh and is_finished(folder, config):
+    finished = not cli.config.fresh and is_finished(folder, config)
+    if finished:
         print(f"{folder} is finished; --fresh starts over, a larger trainer.max_steps continues it.")
     else:
         prepare(cli)
@@ -31,7 +36,7 @@ def main(args: list[str] | None = None) -> None:
             rank_zero_only(print)(f"resuming from {checkpoint}")
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    report(cli)
+    report(folder, rewrite=not finished)
 
 
 @rank_zero_only
@@ -45,18 +50,19 @@ def prepare(cli: SaeCLI) -> None:
 
 
 @rank_zero_only
-def report(cli: SaeCLI) -> None:
-    """Prints the comparison and the clearest latents."""
-    print(f"\n{summary(cli.run_folder)}\n")
+def report(folder: Path, rewrite: bool) -> None:
+    """Prints the comparison and the clearest latents, and writes the report (again) where it is due."""
+    print(f"\n{summary(folder)}\n")
     try:
-        run = open_run(cli.run_folder)
+        run = open_run(folder)
         reading = run.reading()
+        print(f"The clearest latents at {run.hookpoint} of {run.model}:")
+        print(latent_table(reading.clearest(20), reading.text))
+        page = folder / "report" / "index.html"
+        print(f"\nopen {report_run(run, reading) if rewrite or not page.is_file() else page}")
     except InputError as error:  # a cache may be trained on where its language model is not
         print(f"Latents were not read: {error}")
-    else:
-        print(f"The clearest latents at {run.hookpoint} of {run.model}:")
-        print(reading.table(reading.clearest(20)))
-    print(f"\n{cli.run_folder} holds metrics.json, dictionary/, and curves for `tensorboard --logdir`.")
+    print(f"{folder} holds metrics.json, dictionary/, and curves for `tensorboard --logdir {folder}`.")
 
 
 if __name__ == "__main__":

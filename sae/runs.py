@@ -8,18 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from sae.activations.cache import ActivationCache
+from sae.activations.contexts import token_ids_of
 from sae.activations.datamodule import cache_folder
-from sae.activations.language_model import load_language_model, weights_hash
+from sae.activations.language_model import language_model_of, weights_hash
 from sae.activations.source import Source
 from sae.dictionaries import Dictionary, load_dictionary
-from sae.dictionaries.storage import read_dictionary_config
 from sae.errors import InputError
-from sae.inspection import Reading
+from sae.inspection import Evidence, Reading, gather_evidence
 
-OUTPUTS = ("config.yaml", "metrics.json", "checkpoints", "dictionary", "tensorboard", "report")
+OUTPUTS = (
+    "config.yaml",
+    "metrics.json",
+    "evidence.safetensors",
+    "checkpoints",
+    "dictionary",
+    "tensorboard",
+    "report",
+)
 """All that a run writes into its folder."""
 
 
@@ -58,12 +67,17 @@ def checkpoint_to_resume(folder: Path, config: dict[str, Any]) -> Path | None:
 
 def is_finished(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the folder holds a run that was trained as long as `config` says, and scored."""
-    path = folder / "metrics.json"
-    if not path.is_file() or not (folder / "dictionary" / "config.json").is_file():
+    if not (folder / "config.yaml").is_file() or not (folder / "dictionary" / "config.json").is_file():
         return False
     earlier, now = read_config(folder)["trainer"], config["trainer"]
     as_long = all(earlier.get(key) == now[key] for key in ("max_steps", "max_epochs", "max_time"))
-    return as_long and bool(json.loads(path.read_text()).get("finished"))
+    return as_long and bool(read_metrics(folder).get("finished"))
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json of a run; empty before its first validation."""
+    path = folder / "metrics.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -98,7 +112,7 @@ def _differing(earlier: Any, now: Any, key: str) -> list[str]:
 
 @dataclass
 class Run:
-    """A run that has been trained."""
+    """A run that has been trained, or is on its way."""
 
     folder: Path
     dictionary: Dictionary
@@ -106,35 +120,48 @@ class Run:
     model: str | None
     """None where the cache's rows were imported."""
     cache: ActivationCache
+    unfinished: str | None
+    """Where an unfinished run stands, in a sentence; None for a finished one."""
+
+    def evidence(self) -> Evidence:
+        """What its latents fire on: read from evidence.safetensors, or gathered and kept there.
+
+        That of an unfinished run is not kept: its dictionary is still changing.
+        """
+        path = self.folder / "evidence.safetensors"
+        about = {
+            "dictionary": weights_hash(self.dictionary),
+            "cache": self.cache.manifest.get("fingerprint"),
+            "hookpoint": self.hookpoint,
+        }
+        found = None if self.unfinished else Evidence.load(path, about)
+        if found is None:
+            found = gather_evidence(self.dictionary, self.cache, self.hookpoint)
+            if not self.unfinished:
+                found.save(path, about)
+        return found
 
     def reading(self) -> Reading:
         """The evidence for its latents; loads the language model for its tokenizer and unembedding.
 
         Raises:
-            InputError: if there is no language model, or it cannot be loaded here.
+            InputError: if there is no language model, it cannot be loaded here, or it does not match.
         """
-        if self.model is None:
-            raise InputError(f"the rows of {self.cache.folder} were imported; no tokens belong to them.")
-        language_model = load_language_model(self.model)
-        if weights_hash(language_model.model) != self.cache.manifest["model_hash"]:
-            raise InputError(
-                f"the weights of {self.model} are not those that the cache {self.cache.folder} was made with;"
-                " harvest it again."
-            )
-        return Reading(self.dictionary, self.cache, self.hookpoint, language_model)
+        language_model = language_model_of(self.cache.manifest)
+        token_ids = token_ids_of(self.cache)
+        return Reading(self.dictionary, self.hookpoint, self.evidence(), token_ids, language_model)
 
 
 def open_run(folder: str | Path) -> Run:
-    """Opens a trained run.
+    """Opens a run: a trained one, or what an unfinished one has at its last checkpoint.
 
     Raises:
-        InputError: if the folder holds none, or its cache is gone.
+        InputError: if the folder holds none, no checkpoint was reached yet, or its cache is gone.
     """
     folder = Path(folder)
-    data = read_config(folder)["data"]
+    config = read_config(folder)
+    data = config["data"]
     source = Source(**data["source"]) if data.get("source") else None
-    dictionary = load_dictionary(folder)
-    saved = read_dictionary_config(folder)
     at = cache_folder(data.get("cache"), source)
     if not (at / "manifest.json").is_file():
         raise InputError(
@@ -142,17 +169,56 @@ def open_run(folder: str | Path) -> Run:
             f" --config {folder / 'config.yaml'}`."
         )
     cache = ActivationCache(at)
-    return Run(folder, dictionary, saved["hookpoint"], saved["model"], cache)
+    hookpoint = data.get("hookpoint") or cache.hookpoints[0]
+    unfinished = None
+    if (folder / "dictionary" / "config.json").is_file():
+        dictionary = load_dictionary(folder)
+        metrics = read_metrics(folder)
+        if not metrics.get("finished"):
+            step = metrics.get("steps", 0)
+            unfinished = f"This run is unfinished: its scores are those of step {step:,}."
+    else:
+        dictionary, step = _dictionary_of_checkpoint(folder, config, cache.d_model(hookpoint))
+        unfinished = f"This run is unfinished: what follows is its checkpoint at step {step:,}."
+    if dictionary.d_model != cache.d_model(hookpoint):
+        raise InputError(
+            f"the dictionary in {folder} has d_model={dictionary.d_model}, the cache {at} has"
+            f" {cache.d_model(hookpoint)} at {hookpoint}; they are not of one run."
+        )
+    return Run(folder, dictionary, hookpoint, cache.manifest["model"], cache, unfinished)
+
+
+def _dictionary_of_checkpoint(folder: Path, config: dict[str, Any], d_model: int) -> tuple[Dictionary, int]:
+    """The dictionary of an unfinished run as of its last checkpoint, and the step of that."""
+    path = folder / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} has no dictionary yet, and no checkpoint: it stopped before its first validation; run"
+            " the same train.py command again."
+        )
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    described = config["model"]["dictionary"]
+    kind = Dictionary.kinds[described["class_path"].rpartition(".")[2]]
+    dictionary = kind(d_model, **described["init_args"])
+    prefix = "dictionary."
+    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    dictionary.load_state_dict(state)
+    return dictionary.eval().requires_grad_(False), int(checkpoint["global_step"])
 
 
 def summary(folder: Path) -> str:
     """The comparison table of a run: every method at the autoencoder's own L0."""
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = read_metrics(folder)
     methods = {"SAE": metrics, **{name.upper(): row for name, row in metrics["baselines"].items()}}
     lines = ["held-out rows " + "".join(f"{title:>{width}}" for title, _, width, _ in _COLUMNS)]
     for name, row in methods.items():
-        cells = [_cell(row[key], width, form) for _, key, width, form in _COLUMNS]
+        cells = [_cell(row.get(key), width, form) for _, key, width, form in _COLUMNS]
         lines.append(f"{name:<14}" + "".join(cells))
+    if metrics.get("ce_clean") is not None:
+        lines.append(
+            f"cross entropy of the model: {metrics['ce_clean']:.4f} nats a token as it is,"
+            f" {metrics['ce_mean_ablated']:.4f} with the mean in place of these activations"
+        )
     rate = _cell(metrics["tokens_per_s"], 0, ",.0f")
     lines.append(
         f"{metrics['tokens_seen']:,} tokens seen in {metrics['steps']:,} steps, {rate} tokens/s,"
@@ -170,6 +236,8 @@ _COLUMNS = (  # title, key in metrics.json, width, format
     ("L0", "l0", 8, ".2f"),
     ("dead", "dead_fraction", 8, ".1%"),
     ("cosine", "cosine", 8, ".4f"),
+    ("CE +nats", "ce_increase", 10, ".4f"),
+    ("KL", "kl", 8, ".4f"),
     ("directions", "n_latents", 12, ","),
 )
 

@@ -1,34 +1,70 @@
-"""Shows what the latents of a trained run mean, by tokens.
+"""Shows what the latents of a run (e.g. runs/quickstart) mean, by tokens and contexts.
 
-    python scripts/inspect_features.py runs/quickstart                  the twenty clearest latents
-    python scripts/inspect_features.py runs/quickstart --top 50
-    python scripts/inspect_features.py runs/quickstart --latent 17      all that is known of one
+    python scripts/inspect_features.py RUN                     the twenty clearest latents
+    python scripts/inspect_features.py RUN --top 50
+    python scripts/inspect_features.py RUN --latent 17         all that is known of one
+    python scripts/inspect_features.py RUN --token " the"      the latents that fire on a token, or raise it
+    python scripts/inspect_features.py RUN --text "a b c"      the strongest latents at each token of a text
+    python scripts/inspect_features.py RUN --report [FOLDER]   write the report again
 
-Reads the run's dictionary and cache, and loads its language model for the tokenizer and unembedding.
+Reads the run's dictionary, cache and evidence, and loads its language model. A run under way is shown
+as of its last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from sae.cli import exit_on_input_error
+from sae.errors import InputError
+from sae.inspection import latent_page, latent_table, text_table, token_tables
+from sae.reporting import report_run
 from sae.runs import open_run
 
 
 def main() -> None:
-    """Prints a table or one latent's page."""
+    """Prints what was asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run", help="run folder (trainer.default_root_dir)")
-    parser.add_argument("--latent", type=int, help="show everything about this latent")
-    parser.add_argument("--top", type=int, default=20, help="how many of the clearest latents to list")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--latent", type=int, help="show everything about this latent")
+    what.add_argument("--token", help="list the latents that fire on this token, and those that raise it")
+    what.add_argument(
+        "--text", help="run the model on this text and list the strongest latents at each token"
+    )
+    what.add_argument(
+        "--report",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="write the report (default: into the run's folder)",
+    )
+    parser.add_argument(
+        "--top", type=int, default=20, help="how many latents to list (with --text: per token)"
+    )
     args = parser.parse_args()
-    reading = open_run(args.run).reading()
-    if args.latent is None:
-        print(reading.table(reading.clearest(args.top)))
+    if args.top < 1:
+        raise InputError(f"`--top` must be at least 1, got {args.top}.")
+    run = open_run(args.run)
+    if run.unfinished:
+        print(f"{run.unfinished}\n")
+    reading = run.reading()
+    text = reading.text
+    if args.latent is not None:
+        reading.check_latent(args.latent)
+        reading.measure_ablations([args.latent])
+        print(latent_page(reading.latent(args.latent), text))
+    elif args.token is not None:
+        print(token_tables(reading, text.token_id(args.token), args.top))
+    elif args.text is not None:
+        print(text_table(reading, reading.on_text(args.text, min(args.top, 5))))
+    elif args.report is not None:
+        print(f"open {report_run(run, reading, Path(args.report) if args.report else None)}")
     else:
-        print(reading.page(reading.latent(args.latent)))
+        print(latent_table(reading.clearest(args.top), text))
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def test_latents_are_not_read_with_other_weights_than_the_caches(config, tmp_pat
     main(arguments)
     weights = load_file(changed / "model.safetensors")
     save_file({k: v + 0.01 for k, v in weights.items()}, changed / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="are not those that the cache .* was made with"):
+    with pytest.raises(InputError, match="are not those that the cache was made with"):
         open_run(tmp_path / "run").reading()
 
 

@@ -86,9 +86,12 @@ class Evidence:
                 if header.get("format") != FORMAT or json.loads(header["about"]) != about:
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
+            return cls._from_file(header, tensors)
+        except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
+    @classmethod
+    def _from_file(cls, header: dict[str, str], tensors: dict[str, Tensor]) -> Evidence:
         def group(prefix: str) -> dict[str, Tensor]:
             return {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
 

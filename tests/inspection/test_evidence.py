@@ -99,7 +99,10 @@ def test_evidence_of_another_dictionary_or_a_damaged_file_is_not_used(evidence, 
     assert Evidence.load(path, {}) is None
     evidence.save(path, {"dictionary": "a"})
     assert Evidence.load(path, {"dictionary": "b"}) is None
-    path.write_bytes(path.read_bytes()[:1000])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    assert Evidence.load(path, {"dictionary": "a"}) is None
+    path.write_bytes(whole.replace(b"inputs.indptr", b"inputs.inelse"))  # of another version
     assert Evidence.load(path, {"dictionary": "a"}) is None
 
 

@@ -153,23 +153,31 @@ class Reading:
         """Those kept, without repetitions of the same words."""
         found: list[Context] = []
         seen: set[tuple[int, ...]] = set()
-        for i in (best["value"][latent] > 0).nonzero().flatten().tolist():
-            sequence, begin, peak = (int(best[name][latent, i]) for name in ("sequence", "begin", "peak"))
-            trace = best["trace"][latent, i].float()
-            tokens = self._token_ids[sequence, begin : begin + len(trace)].tolist()
-            if tuple(tokens) not in seen:
-                seen.add(tuple(tokens))
-                quantile = self._quantile(latent, float(best["value"][latent, i]))
-                found.append(Context(sequence, begin, tokens, trace.tolist(), peak, quantile))
+        kept = best["value"][latent] > 0
+        values, *places = (best[name][latent][kept] for name in ("value", "sequence", "begin", "peak"))
+        traces = best["trace"][latent][kept].float()
+        spans = places[1][:, None] + torch.arange(traces.shape[1])
+        tokens = self._token_ids[places[0][:, None].long(), spans.long()].tolist()
+        columns = (
+            *(place.tolist() for place in places),
+            tokens,
+            traces.tolist(),
+            self._quantiles(latent, values),
+        )
+        for sequence, begin, peak, words, trace, quantile in zip(*columns, strict=True):
+            if tuple(words) not in seen:
+                seen.add(tuple(words))
+                found.append(Context(sequence, begin, words, trace, peak, quantile))
         return sorted(found, key=lambda context: -context.activations[context.peak])
 
-    def _quantile(self, latent: int, value: float) -> float:
-        """Share of the latent's firings no stronger than `value`, interpolated within its bin."""
-        counts = self.evidence.histogram[latent].double()
-        place = float(np.log2(value / self.evidence.lowest)) * BINS_PER_OCTAVE
-        place = min(max(place, 0.0), len(counts) - 1e-9)
-        below = float(counts[: int(place)].sum() + counts[int(place)] * (place % 1))
-        return below / float(counts.sum())
+    def _quantiles(self, latent: int, values: Tensor) -> list[float]:
+        """Share of the latent's firings no stronger than each value, interpolated within its bin."""
+        counts = self.evidence.histogram[latent].double().numpy()
+        below = np.concatenate([[0.0], counts.cumsum()])
+        place = np.log2(values.double().numpy() / self.evidence.lowest) * BINS_PER_OCTAVE
+        place = place.clip(0.0, len(counts) - 1e-9)
+        whole = place.astype(int)
+        return ((below[whole] + counts[whole] * (place - whole)) / below[-1]).tolist()
 
     def clearest(self, count: int = 20) -> list[LatentReading]:
         """The latents that fire on the fewest kinds of tokens, one for each top token.

@@ -80,8 +80,8 @@ def test_quantiles_rise_from_the_weakest_to_the_strongest_firing(reading):
     assert len(histogram.edges) == len(histogram.counts) + 1
     assert histogram.counts[0] > 0 and histogram.counts[-1] > 0
     assert sum(histogram.counts) == reading.summary(2).firings
-    assert reading._quantile(2, histogram.edges[0]) == pytest.approx(0.0, abs=1e-6)
-    assert reading._quantile(2, histogram.edges[-1]) == pytest.approx(1.0, abs=1e-6)
+    ends = torch.tensor([histogram.edges[0], histogram.edges[-1]])
+    assert reading._quantiles(2, ends) == pytest.approx([0.0, 1.0], abs=1e-6)
 
 
 def test_a_latent_that_never_fires_is_said_to_be_dead(reading):

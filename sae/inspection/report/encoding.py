@@ -41,6 +41,9 @@ def number(value: float) -> float | int | None:
     return int(rounded) if rounded.is_integer() else rounded
 
 
+_DEFLATE_LEVEL = 4  # a quarter of the time of level 6, files a tenth larger
+
+
 def script(kind: str, index: int | None, value: Any) -> bytes:
     """A data file: one call, pure ASCII, that hands `value` to the page."""
     arguments = [json.dumps(a, separators=(",", ":"), allow_nan=False) for a in (kind, index, value)]
@@ -50,7 +53,7 @@ def script(kind: str, index: int | None, value: Any) -> bytes:
 def packed(value: Any) -> str:
     """JSON, deflated, in base64: a fifth of its size, and browsers unpack it themselves."""
     data = json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
-    return base64.b64encode(zlib.compress(data)).decode("ascii")
+    return base64.b64encode(zlib.compress(data, _DEFLATE_LEVEL)).decode("ascii")
 
 
 class TokenIndex(dict[int, int]):

@@ -77,7 +77,7 @@ def _facts(run: Run, reading: Reading) -> ReportFacts:
     ]
     methods = {"SAE": metrics, **{name.upper(): row for name, row in metrics.get("baselines", {}).items()}}
     return ReportFacts(
-        title=f"{run.dictionary.n_latents:,} directions at {run.hookpoint} of {run.model}",
+        title=f"{run.dictionary.n_latents:,} directions at {run.hookpoint} of {Path(run.model or '-').name}",
         notes=[run.unfinished] if run.unfinished else [],
         facts=facts,
         comparison=[
@@ -103,7 +103,7 @@ def _figures(run: Run, reading: Reading, metrics: dict[str, Any]) -> list[tuple[
     densities = reading.evidence.firings.double() / reading.evidence.rows
     cosines = nearest_neighbour_cosines(run.dictionary.directions)
     figures += [
-        ("How often latents fire, on the rows read for this report.", density_histogram(densities)),
+        ("How often latents fire, on the rows read for this report.", density_histogram(densities, "train")),
         ("Largest |cosine| of each direction with another one.", neighbour_histogram(cosines)),
     ]
     return [(caption, to_svg(figure)) for caption, figure in figures]

@@ -108,11 +108,12 @@ def methods_at_equal_l0(metrics: dict[str, Any]) -> Figure:
 
 
 @matplotlib.rc_context(_STYLE)
-def density_histogram(densities: Float[Tensor, " n_latents"]) -> Figure:
+def density_histogram(densities: Float[Tensor, " n_latents"], rows: str = "held-out") -> Figure:
     """How often latents fire: log10 of the share of rows, over those that fired at all.
 
     Args:
-        densities: share of held-out rows on which each latent fired.
+        densities: share of rows on which each latent fired.
+        rows: which rows, for the label.
     """
     alive = densities[densities > 0].double().cpu().log10().numpy()
     figure, (axes,) = _panels(1)
@@ -122,7 +123,7 @@ def density_histogram(densities: Float[Tensor, " n_latents"]) -> Figure:
     dead = len(densities) - len(alive)
     axes.set(
         title=f"Firing density of {len(densities):,} latents, {dead:,} dead",
-        xlabel="log10 of the share of held-out rows on which a latent fires",
+        xlabel=f"log10 of the share of {rows} rows on which a latent fires",
         ylabel="latents",
     )
     return figure

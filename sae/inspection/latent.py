@@ -97,9 +97,9 @@ class NullScores(NamedTuple):
     """
 
     clarity: float
-    lift: float
-    """Of their most telling input token."""
-    previous_lift: float
+    share: float
+    """Of their most telling input token (lifts cannot be compared: that of a rare token is larger)."""
+    previous_share: float
     """Of their most telling token one position before."""
     cosine: float
     """Of their top output token."""

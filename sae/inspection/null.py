@@ -70,13 +70,13 @@ class NullDistribution:
 
 
 def null_scores(inputs: TokenCounts, previous: TokenCounts) -> Float[Tensor, "detectors scores"]:
-    """Density, clarity, lift of the top token and of the top previous token, of those that fired."""
+    """Density, clarity, share of the top token and of the top previous token, of those that fired."""
     density, clarity = inputs.firings() / inputs.text.sum(), clarities(inputs)
     scores = []
     for i in density.nonzero()[0]:
         before = previous.top(int(i), 1)
-        lift = before[0].lift if before else 1.0
-        scores.append((density[i], clarity[i], inputs.top(int(i), 1)[0].lift, lift))
+        share = before[0].share if before else 0.0
+        scores.append((density[i], clarity[i], inputs.top(int(i), 1)[0].share, share))
     return torch.tensor(scores, dtype=torch.float64).reshape(-1, 4)
 
 

@@ -38,8 +38,8 @@ def latent_page(reading: LatentReading, text: Callable[[int], str]) -> str:
             f" activation {s.mean:.3g}, largest {s.largest:.3g}",
             f"clarity {s.clarity:.2f} (random directions: {null.clarity:.2f}): fires as if on"
             f" {s.effective_tokens:,.1f} kinds of token",
-            *_inputs("fires on", reading.input_tokens, null.lift, text),
-            *_inputs("right after", reading.previous_tokens, null.previous_lift, text),
+            *_inputs("fires on", reading.input_tokens, null.share, text),
+            *_inputs("right after", reading.previous_tokens, null.previous_share, text),
         ]
     beside = "" if null is None else f"   (random directions: {null.logit:.2f}, {null.cosine:.2f})"
     for title, tokens in (("raises", reading.output_tokens), ("lowers", reading.lowered_tokens)):
@@ -101,7 +101,7 @@ def _inputs(title: str, tokens: list[InputToken], null: float, text: Callable[[i
         f"{'':<6}{t.firings:>8,}"
         for t in tokens
     ]
-    return [f"{header}   (random directions' best: {null:,.1f})", *rows]
+    return [f"{header}   (share of random directions' best: {null:.0%})", *rows]
 
 
 def _outputs(title: str, tokens: list[OutputToken], beside: str, text: Callable[[int], str]) -> list[str]:

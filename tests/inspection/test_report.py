@@ -106,7 +106,7 @@ def reading(latent, contexts=2, length=12, tokens=3):
         sampled_contexts=shown[contexts:],
         histogram=Histogram([largest * 2.0**-i for i in range(8, -1, -1)], [1, 2, 4, 8, 16, 9, 4, 2]),
         ablation=ablation,
-        null=NullScores(0.3, 3.0, 2.0, 0.1, 0.7),
+        null=NullScores(0.3, 0.4, 0.2, 0.1, 0.7),
     )
 
 
@@ -463,7 +463,7 @@ def test_latent_page_shows_its_evidence_beside_chance(opened, small_report):
     assert page.locator(".card h2").all_inner_texts() == titles
     shown = page.locator(".card").first.locator("tbody th").all_inner_texts()
     assert shown == [text(t.token) for t in given.input_tokens]
-    assert page.locator(".card tfoot").all_inner_texts()[0].split() == ["random", "directions", "×3.0"]
+    assert page.locator(".card tfoot").all_inner_texts()[0].split() == ["random", "directions", "40.0 %"]
     assert page.locator(".histogram rect").count() == 8 and page.locator(".contexts li").count() == 4
     peak = page.locator(".contexts .peak").first
     first = given.top_contexts[0]

@@ -36,7 +36,7 @@ function summary(row, page, enough) {
 
 /* Tokens with their scores, chance in the last row. */
 
-function card(title, hint, head, rows, chance, weak) {
+function card(title, hint, head, rows, chance) {
   if (!rows.length) return null;
   const cells = (row) => row.map((cell, at) => h(at ? "td" : "th", at ? {} : { scope: "row" }, cell));
   return h(
@@ -48,7 +48,7 @@ function card(title, hint, head, rows, chance, weak) {
       "table",
       { class: "plain scores" },
       h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, name)))),
-      h("tbody", {}, rows.map((row, at) => h("tr", { class: weak[at] ? "weak" : null }, cells(row)))),
+      h("tbody", {}, rows.map((row) => h("tr", {}, cells(row)))),
       chance ? h("tfoot", { title: "95th percentile of the same score among random directions" }, h("tr", {}, cells(chance))) : null,
     ),
   );
@@ -58,20 +58,20 @@ function inputCard(title, hint, list, chance) {
   const rows = list.map(([t, share, lift, low, high, firings]) => [
     token(t), percent(share), times(lift), h("small", {}, low === null ? "–" : `${ratio(low)}–${ratio(high)}`), whole(firings),
   ]);
-  const last = chance === null ? null : ["random directions", "", times(chance), "", ""];
-  return card(title, hint, ["token", "share", "lift", "95 %", "firings"], rows, last, list.map((t) => chance !== null && t[2] <= chance));
+  const last = chance === null ? null : ["random directions", percent(chance), "", "", ""];
+  return card(title, hint, ["token", "share", "lift", "95 %", "firings"], rows, last);
 }
 
 function outputCard(title, hint, list, page, sign) {
   const { null: chance } = page;
   const rows = list.map(([t, logit, cosine]) => [token(t), figure(logit), figure(cosine)]);
   const last = chance ? ["random directions", figure(sign * chance.logit), figure(sign * chance.cosine)] : null;
-  return card(title, hint, ["token", "logit", "cosine"], rows, last, list.map((t) => chance && sign * t[2] <= chance.cosine));
+  return card(title, hint, ["token", "logit", "cosine"], rows, last);
 }
 
 const tokenCards = (page) => [
-  inputCard("Fires on", "The token at its firings", page.fires_on, page.null?.lift ?? null),
-  inputCard("Right before", "The token one position earlier", page.before, page.null?.previous_lift ?? null),
+  inputCard("Fires on", "The token at its firings", page.fires_on, page.null?.share ?? null),
+  inputCard("Right before", "The token one position earlier", page.before, page.null?.previous_share ?? null),
   outputCard("Raises", "Logit lens; weak evidence in middle layers", page.raises, page, 1),
   outputCard("Lowers", "The other end of the same list", page.lowers, page, -1),
 ];
@@ -85,8 +85,8 @@ function ablation({ raised, lowered, kl, random_kl, positions }) {
     h("p", {}, `Set to zero at ${whole(positions)} of its firings, the model's next-token distribution moves by `,
       h("b", {}, `${figure(kl)} nats`), ` (KL); subtracting a random direction of equal length moves it by ${figure(random_kl)} nats.`),
     h("div", { class: "cards" },
-      card("Promoted", "Logit lost without it", ["token", "logit"], rows(raised), null, []),
-      card("Suppressed", "Logit gained without it", ["token", "logit"], rows(lowered), null, [])),
+      card("Promoted", "Logit lost without it", ["token", "logit"], rows(raised), null),
+      card("Suppressed", "Logit gained without it", ["token", "logit"], rows(lowered), null)),
   );
 }
 

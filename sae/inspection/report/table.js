@@ -26,7 +26,6 @@ class LatentTable {
     const all = [
       ["latent", "Latent", 70, (i) => c.latent[i], (i) => h("a", { href: `#latent/${c.latent[i]}`, tabindex: -1 }, String(c.latent[i])), "Number of the latent"],
       ["density", "Density", 84, fired("density"), alive("density", percent), "Share of rows on which it fired"],
-      ["mean", "Mean", 66, fired("mean"), alive("mean", figure), "Mean activation where it fired"],
       ["largest", "Max", 66, fired("largest"), alive("largest", figure), "Largest activation"],
       ["clarity", "Clarity", 162, fired("clarity"), (i) => this.clarity(i), "1 = one token, 0 = any; the tick and the small number: 95th percentile of random directions"],
       ["effective_tokens", "Eff. tokens", 92, fired("effective_tokens"), alive("effective_tokens", figure), "Kinds of token it fires on, as many equally frequent ones would count"],

@@ -193,4 +193,6 @@ def _cell(key: str, value: Any) -> str:
         return value
     if key == "dead_fraction":
         return f"{value:.1%}".replace("%", " %")
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if key == "l0":
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -17,7 +17,15 @@ from sae.dictionaries import save_dictionary
 from sae.files import write_json
 from sae.training import SparseAutoencoderModule
 
-MODEL_LOSS_KEYS = ("ce_clean", "ce_spliced", "ce_mean_ablated", "ce_increase", "ce_increase_se", "kl")
+MODEL_LOSS_KEYS = (
+    "ce_clean",
+    "ce_spliced",
+    "ce_mean_ablated",
+    "ce_increase",
+    "ce_increase_se",
+    "kl",
+    "ce_tokens",
+)
 """Null where the language model is not at hand, or predicts no next token."""
 
 

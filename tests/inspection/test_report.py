@@ -463,7 +463,7 @@ def test_latent_page_shows_its_evidence_beside_chance(opened, small_report):
     assert page.locator(".card h2").all_inner_texts() == titles
     shown = page.locator(".card").first.locator("tbody th").all_inner_texts()
     assert shown == [text(t.token) for t in given.input_tokens]
-    assert page.locator(".card tfoot").all_inner_texts()[0].split() == ["random", "directions", "40.0 %"]
+    assert page.locator(".card tfoot").all_inner_texts()[0].split() == ["random", "directions", "40.0", "%"]
     assert page.locator(".histogram rect").count() == 8 and page.locator(".contexts li").count() == 4
     peak = page.locator(".contexts .peak").first
     first = given.top_contexts[0]

@@ -16,10 +16,12 @@ function latentPage(data, i, page) {
   return [
     h("p", { class: "summary" }, row.firings ? summary(row, page, enough) : ""),
     row.firings && enough ? null : h("p", { class: "banner", role: "note" }, row.firings ? few : dead),
-    h("div", { class: "cards" }, tokenCards(page)),
+    h("div", { class: "cards" }, inputCards(page)),
+    contexts(row, page),
+    page.raises.length ? h("h2", {}, "What it makes the model say") : null,
+    h("div", { class: "cards" }, outputCards(page)),
     page.ablation ? ablation(page.ablation) : null,
     page.counts.length ? histogram(page) : null,
-    contexts(row, page),
   ];
 }
 
@@ -69,9 +71,12 @@ function outputCard(title, hint, list, page, sign) {
   return card(title, hint, ["token", "logit", "cosine"], rows, last);
 }
 
-const tokenCards = (page) => [
+const inputCards = (page) => [
   inputCard("Fires on", "The token at its firings", page.fires_on, page.null?.share ?? null),
   inputCard("Right before", "The token one position earlier", page.before, page.null?.previous_share ?? null),
+];
+
+const outputCards = (page) => [
   outputCard("Raises", "Logit lens; weak evidence in middle layers", page.raises, page, 1),
   outputCard("Lowers", "The other end of the same list", page.lowers, page, -1),
 ];

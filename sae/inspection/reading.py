@@ -177,7 +177,9 @@ class Reading:
         place = np.log2(values.double().numpy() / self.evidence.lowest) * BINS_PER_OCTAVE
         place = place.clip(0.0, len(counts) - 1e-9)
         whole = place.astype(int)
-        return ((below[whole] + counts[whole] * (place - whole)) / below[-1]).tolist()
+        shares = (below[whole] + counts[whole] * (place - whole)) / below[-1]
+        strongest = values.double().numpy() >= float(self.evidence.largest[latent])
+        return np.where(strongest, 1.0, shares).tolist()
 
     def clearest(self, count: int = 20) -> list[LatentReading]:
         """The latents that fire on the fewest kinds of tokens, one for each top token.

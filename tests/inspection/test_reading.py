@@ -69,6 +69,7 @@ def test_contexts_show_what_fired(reading, detector, tiny_cache):
         assert context.activations[context.peak] > 0 and 0 <= context.quantile <= 1
     strongest = [c.tokens[c.peak] for c in found.top_contexts]
     assert strongest.count(letter) > len(strongest) / 2
+    assert found.top_contexts[0].quantile == 1.0
     peaks = [c.activations[c.peak] for c in found.top_contexts]
     assert peaks == sorted(peaks, reverse=True)
     words = [tuple(c.tokens) for c in found.top_contexts]

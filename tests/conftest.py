@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -115,3 +116,45 @@ def tiny_source(tiny_model, text_file):
 def tiny_cache(tmp_path_factory, tiny_source) -> ActivationCache:
     """A finished cache of the tiny model."""
     return harvest(tiny_source, tmp_path_factory.mktemp("caches") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def write_config(tiny_cache, tiny_source):
+    """Writes a whole configuration on the tiny cache, quick to run, into a folder; the run goes beside it."""
+
+    def write(folder, seed=0, lr=None, **trainer):
+        nmf = {"n_components": 8, "curve": [4], "max_rows": 2000}
+        values = {
+            "seed_everything": seed,
+            "data": {
+                "cache": str(tiny_cache.folder),
+                "source": {**tiny_source.__dict__},
+                "hookpoint": "resid.1",
+                "batch_size": 128,
+            },
+            "model": {
+                "dictionary": {"class_path": "TopK", "init_args": {"n_latents": 32, "k": 4}},
+                "lr": lr,
+                "warmup_steps": 3,
+            },
+            "trainer": {
+                "max_steps": 40,
+                "default_root_dir": str(folder / "run"),
+                "val_check_interval": 20,
+                "check_val_every_n_epoch": None,
+                "log_every_n_steps": 5,
+                "accelerator": "cpu",
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "callbacks": [
+                    {"class_path": "PCABaseline", "init_args": {"curve": [2, 8]}},
+                    {"class_path": "NMFBaseline", "init_args": nmf},
+                ],
+                **trainer,
+            },
+        }
+        path = folder / "tiny.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write

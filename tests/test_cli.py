@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 import sae
@@ -23,41 +22,9 @@ from train import main  # noqa: E402
 
 
 @pytest.fixture
-def config(tmp_path, tiny_cache, tiny_source):
+def config(tmp_path, write_config):
     """A whole configuration on the tiny cache, quick to run."""
-    values = {
-        "seed_everything": 0,
-        "data": {
-            "cache": str(tiny_cache.folder),
-            "source": {**tiny_source.__dict__},
-            "hookpoint": "resid.1",
-            "batch_size": 128,
-        },
-        "model": {
-            "dictionary": {"class_path": "TopK", "init_args": {"n_latents": 32, "k": 4}},
-            "warmup_steps": 3,
-        },
-        "trainer": {
-            "max_steps": 40,
-            "default_root_dir": str(tmp_path / "run"),
-            "val_check_interval": 20,
-            "check_val_every_n_epoch": None,
-            "log_every_n_steps": 5,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [
-                {"class_path": "PCABaseline", "init_args": {"curve": [2, 8]}},
-                {
-                    "class_path": "NMFBaseline",
-                    "init_args": {"n_components": 8, "curve": [4], "max_rows": 2000},
-                },
-            ],
-        },
-    }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    return write_config(tmp_path)
 
 
 def _metrics(tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from sae.errors import InputError
 from sae.runs import open_run
@@ -23,33 +22,12 @@ _SPEC.loader.exec_module(_SCRIPT)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_cache, tiny_source):
+def run(tmp_path_factory, write_config):
     """A finished run on the tiny cache, with its report."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    values = {
-        "seed_everything": 0,
-        "data": {
-            "cache": str(tiny_cache.folder),
-            "source": {**tiny_source.__dict__},
-            "hookpoint": "resid.1",
-            "batch_size": 128,
-        },
-        "model": {"dictionary": {"class_path": "TopK", "init_args": {"n_latents": 32, "k": 4}}},
-        "trainer": {
-            "max_steps": 30,
-            "log_every_n_steps": 5,
-            "check_val_every_n_epoch": None,
-            "val_check_interval": 15,
-            "default_root_dir": str(folder),
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "callbacks": [{"class_path": "PCABaseline", "init_args": {"curve": [2, 8]}}],
-        },
-    }
-    path = folder.parent / "tiny.yaml"
-    path.write_text(yaml.safe_dump(values))
-    train(["--config", str(path)])
-    return folder
+    folder = tmp_path_factory.mktemp("runs")
+    pca = {"class_path": "PCABaseline", "init_args": {"curve": [2, 8]}}
+    train(["--config", str(write_config(folder, max_steps=30, val_check_interval=15, callbacks=[pca]))])
+    return folder / "run"
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import lightning
 import numpy as np
 import pytest
 import torch
-import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -43,40 +42,10 @@ FIGURES = {"fvu_by_components", "methods_at_equal_l0", "densities", "nearest_nei
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, tiny_cache, tiny_source):
+def config(tmp_path_factory, write_config):
     """A whole configuration on the tiny cache, quick to run; its run folder is beside it."""
     folder = tmp_path_factory.mktemp("tensorboard-run")
-    nmf = {"n_components": 8, "curve": [4], "max_rows": 1000}
-    values = {
-        "seed_everything": 3,
-        "data": {
-            "cache": str(tiny_cache.folder),
-            "source": {**tiny_source.__dict__},
-            "hookpoint": "resid.1",
-            "batch_size": 128,
-        },
-        "model": {
-            "dictionary": {"class_path": "TopK", "init_args": {"n_latents": 32, "k": 4}},
-            "lr": 0.002,
-            "warmup_steps": 3,
-        },
-        "trainer": {
-            "max_steps": 20,
-            "default_root_dir": str(folder / "run"),
-            "val_check_interval": 10,
-            "check_val_every_n_epoch": None,
-            "log_every_n_steps": 5,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "callbacks": [
-                {"class_path": "PCABaseline", "init_args": {"curve": [2, 8]}},
-                {"class_path": "NMFBaseline", "init_args": nmf},
-            ],
-        },
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    return write_config(folder, seed=3, lr=0.002, max_steps=20, val_check_interval=10)
 
 
 def _train(arguments, checkpoint=None):

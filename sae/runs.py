@@ -147,13 +147,17 @@ class Run:
         Raises:
             InputError: if there is no language model, it cannot be loaded here, or it does not match.
         """
-        language_model = language_model_of(self.cache.manifest)
+        language_model = language_model_of(self.cache.manifest, self.dictionary.device)
         token_ids = token_ids_of(self.cache)
         return Reading(self.dictionary, self.hookpoint, self.evidence(), token_ids, language_model)
 
 
-def open_run(folder: str | Path) -> Run:
+def open_run(folder: str | Path, device: str | None = None) -> Run:
     """Opens a run: a trained one, or what an unfinished one has at its last checkpoint.
+
+    Args:
+        folder: the run folder.
+        device: where its dictionary and its language model go; None = a GPU where there is one.
 
     Raises:
         InputError: if the folder holds none, no checkpoint was reached yet, or its cache is gone.
@@ -185,6 +189,7 @@ def open_run(folder: str | Path) -> Run:
             f"the dictionary in {folder} has d_model={dictionary.d_model}, the cache {at} has"
             f" {cache.d_model(hookpoint)} at {hookpoint}; they are not of one run."
         )
+    dictionary.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Run(folder, dictionary, hookpoint, cache.manifest["model"], cache, unfinished)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sae.activations.hookpoints import visiting
+from sae.activations.language_model import LanguageModel
 from sae.errors import InputError
 from sae.ops.sparse import SparseLatents
 
@@ -67,7 +69,7 @@ class Splice:
 
 @contextlib.contextmanager
 def splice(
-    model: PreTrainedModel,
+    model: PreTrainedModel | LanguageModel,
     hookpoint: str,
     dictionary: Coder,
     *,
@@ -88,15 +90,16 @@ def splice(
     hooked, and no longer than the `with`, whatever happens inside.
 
     Args:
-        model: any supported transformers model, in any dtype and on any device.
+        model: any supported transformers model (or what `sae.load_language_model` gives), in any dtype
+            and on any device.
         hookpoint: where the dictionary was trained, e.g. `resid.12`.
         dictionary: trained or fitted; what `sae.load` gives. Computes in its own dtype, on its own device.
         keep_error: add back what the dictionary does not reconstruct.
         scale: latent -> factor on its activation wherever it fires: 0 ablates it, 2 doubles it.
         clamp: latent -> activation, raw units, that it is set to at every token, firing or not (steering).
-        gradients: make `code.values` differentiable also where neither the model nor the dictionary
-            asks for gradients, so that `torch.autograd.grad(loss, s.code.values)` attributes the loss to
-            latents. Gradients to the model's inputs and parameters flow without it.
+        gradients: make `code.values` a leaf, so that `torch.autograd.grad(loss, s.code.values)`
+            attributes the loss to latents, with the error held fixed where it is kept. Without it,
+            gradients flow through the latents to the model's inputs and parameters.
 
     Yields:
         A `Splice`, whose `code` and `latents` are those of the last forward pass.
@@ -113,6 +116,8 @@ def splice(
         >>> with sae.splice(model, "resid.3", dictionary, clamp={17: 40.0}, keep_error=True) as s:
         ...     steered = model(input_ids).logits  # doctest: +SKIP
     """
+    if isinstance(model, LanguageModel):
+        model = model.model
     _check_width(model, hookpoint, dictionary)
     edit = _Edit(dictionary, scale or {}, clamp or {})
     if gradients and not torch.is_grad_enabled():
@@ -131,12 +136,16 @@ def _replacement(
         own = dictionary.directions
         rows = x.to(own.device, own.dtype).reshape(-1, dictionary.d_model)
         code = dictionary.encode_sparse(rows)
-        if gradients and not code.values.requires_grad:
-            code = code._replace(values=code.values.detach().requires_grad_())
+        clean = code
+        if gradients:
+            # A leaf of its own, beside the code that the error is taken from: if the error moved with
+            # the latents, no latent would matter to what comes out.
+            clean = code._replace(values=code.values.detach())
+            code = clean._replace(values=clean.values.clone().requires_grad_())
         record._record(code, x.shape[:-1])
         new = edit.decode(code)
         if keep_error:
-            new = rows + (new - dictionary.decode_sparse(code))
+            new = rows + (new - dictionary.decode_sparse(clean))
         if torch.is_grad_enabled() and x.requires_grad and not new.requires_grad:
             raise InputError(
                 f"{type(dictionary).__name__} gives no gradient to its input, and the model asks for one;"
@@ -153,7 +162,11 @@ class _Edit:
     def __init__(
         self, dictionary: Coder, scale: Mapping[int, int | float], clamp: Mapping[int, int | float]
     ) -> None:
-        for latent in [*scale, *clamp]:
+        for latent, value in [*scale.items(), *clamp.items()]:
+            if not isinstance(latent, int):
+                raise InputError(f"latents are named by number, got {latent!r}.")
+            if not math.isfinite(value):
+                raise InputError(f"`scale` and `clamp` take finite numbers, got {value} for latent {latent}.")
             if not 0 <= latent < dictionary.n_latents:
                 raise InputError(f"latents are numbered 0 to {dictionary.n_latents - 1}, got {latent}.")
         both = sorted({*scale} & {*clamp})

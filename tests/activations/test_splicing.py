@@ -167,10 +167,11 @@ def test_generation_with_a_key_value_cache_is_steered(model, ids, dictionary):
     assert any(not torch.equal(tokens, clean) for tokens in steered.values())
 
 
-def test_gradients_to_latents_are_the_finite_differences(model, ids, dictionary):
+@pytest.mark.parametrize("keep_error", [False, True])
+def test_gradients_to_latents_are_the_finite_differences(model, ids, dictionary, keep_error):
     model, dictionary = model.double(), dictionary.double()
     try:
-        with sae.splice(model, "resid.1", dictionary, gradients=True) as s:
+        with sae.splice(model, "resid.1", dictionary, keep_error=keep_error, gradients=True) as s:
             loss = model(input_ids=ids).logits.logsumexp(-1).sum()
         (gradient,) = torch.autograd.grad(loss, s.code.values)
         latent = int(s.code.indices.bincount().argmax())
@@ -179,8 +180,10 @@ def test_gradients_to_latents_are_the_finite_differences(model, ids, dictionary)
         step = 1e-5
         losses = []
         for factor in (1 + step, 1 - step):
-            with sae.splice(model, "resid.1", dictionary, scale={latent: factor}), torch.no_grad():
+            edit = {"scale": {latent: factor}, "keep_error": keep_error}
+            with sae.splice(model, "resid.1", dictionary, **edit), torch.no_grad():
                 losses.append(float(model(input_ids=ids).logits.logsumexp(-1).sum()))
+        assert abs(by_scale) > 1e-4
         assert by_scale == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-4)
     finally:
         model.float()
@@ -225,6 +228,7 @@ def test_a_dictionary_without_gradient_says_so_instead_of_cutting_it(model, ids)
         ("resid.1", 24, {}, "d_model=24, GPT2LMHeadModel has 16"),
         ("resid.1", 16, {"scale": {40: 0.0}}, "numbered 0 to 39, got 40"),
         ("resid.1", 16, {"clamp": {-1: 0.0}}, "numbered 0 to 39, got -1"),
+        ("resid.1", 16, {"clamp": {2: float("nan")}}, "finite numbers, got nan for latent 2"),
         ("resid.1", 16, {"clamp": {2: 1.0}, "scale": {2: 1.0}}, "both in `scale` and in `clamp`"),
     ],
 )
@@ -242,3 +246,10 @@ def test_gradients_without_autograd_are_refused(model, dictionary):
         sae.splice(model, "resid.1", dictionary, gradients=True),
     ):
         pass
+
+
+def test_a_language_model_as_loaded_may_be_spliced(tiny_model, ids, dictionary):
+    loaded = sae.load_language_model(str(tiny_model))
+    with sae.splice(loaded, "resid.1", dictionary) as s:
+        _logits(loaded.model, ids)
+    assert s.latents.shape == (2, 9, 40)

@@ -32,7 +32,7 @@ def measure_ablations(
 
     The error of the reconstruction is kept: x becomes x - z_i d_i at every token of the context, and
     the prediction is read at the firing in question. Changes of logits are taken relative to the
-    vocabulary's mean. As a null, a random direction of the same length is subtracted at the same tokens.
+    vocabulary's mean. As a null, one random direction of the same length is subtracted at the same tokens.
 
     Args:
         model: with a causal head.
@@ -45,7 +45,9 @@ def measure_ablations(
         latent -> what was measured; latents without firings are left out.
     """
     jobs = [(latent, *place) for latent, places in firings.items() for place in places]
-    generator = torch.Generator().manual_seed(0)
+    numbers = {latent: i for i, latent in enumerate(firings)}
+    random = torch.randn(len(firings), dictionary.d_model, generator=torch.Generator().manual_seed(0))
+    random = F.normalize(random, dim=-1)  # one for each latent
     sums: dict[int, Tensor] = {}
     divergences: dict[int, list[tuple[float, float]]] = {}
     head = causal_head(model)
@@ -55,16 +57,16 @@ def measure_ablations(
     chunks = [jobs[i : i + at_once] for i in range(0, len(jobs), at_once)]
     for chunk in tqdm(chunks, desc="ablations", unit=" batches", leave=False):
         latents, sequences, positions = (torch.tensor(column) for column in zip(*chunk, strict=True))
-        random = F.normalize(torch.randn(len(chunk), dictionary.d_model, generator=generator), dim=-1)
+        of_random = random[[numbers[latent] for latent in latents.tolist()]]
         of_latents = dictionary.directions[latents.to(dictionary.device)]
         clean, ablated, null = (
             _next_token_logits(model, hookpoint, dictionary, token_ids[sequences], positions, latents, remove)
-            for remove in (None, of_latents, random)
+            for remove in (None, of_latents, of_random)
         )
-        change = clean - ablated
-        change -= change.mean(-1, keepdim=True)
+        changes = torch.stack([clean - ablated, clean - null], dim=1)
+        changes -= changes.mean(-1, keepdim=True)
         for row, (latent, _, _) in enumerate(chunk):
-            sums[latent] = sums[latent] + change[row] if latent in sums else change[row].clone()
+            sums[latent] = sums[latent] + changes[row] if latent in sums else changes[row].clone()
             pair = (_kl(clean[row], ablated[row]), _kl(clean[row], null[row]))
             divergences.setdefault(latent, []).append(pair)
     return {latent: _ablation(sums[latent], divergences[latent]) for latent in sums}
@@ -103,8 +105,8 @@ def _kl(clean: Tensor, changed: Tensor) -> float:
     return float((p.exp() * (p - q)).sum())
 
 
-def _ablation(total: Tensor, divergences: list[tuple[float, float]]) -> Ablation:
-    mean = total / len(divergences)
+def _ablation(total: Float[Tensor, "two vocabulary"], divergences: list[tuple[float, float]]) -> Ablation:
+    mean, random = total / len(divergences)
     raised, lowered = (mean * sign for sign in (1, -1))
     count = min(_SHOWN, len(mean))
     kl, random_kl = (sum(column) / len(divergences) for column in zip(*divergences, strict=True))
@@ -113,5 +115,6 @@ def _ablation(total: Tensor, divergences: list[tuple[float, float]]) -> Ablation
         lowered=[(int(t), float(mean[t])) for t in lowered.topk(count).indices],
         kl=kl,
         random_kl=random_kl,
+        random_change=float(random.max()),
         positions=len(divergences),
     )

@@ -13,7 +13,7 @@ from sae.errors import InputError
 from sae.inspection.latent import InputToken
 
 MOST_PAIRS = 20_000_000
-"""(latent, token) pairs held at once, 32 bytes each; beyond it the lightest of each latent are pooled."""
+"""(latent, token) pairs held at once, 36 bytes each; beyond it the lightest of each latent are pooled."""
 _MERGE_ABOVE = 4_000_000  # waiting pairs
 _Z = 1.959964  # 95 %
 
@@ -43,7 +43,8 @@ class TokenCounts:
         """Rows of the text at each token."""
         # CSR matrices of one pattern, latents by tokens: activation, its square, firings.
         self._sums = [csr_matrix((n_latents, vocabulary)) for _ in range(3)]
-        self._pooled_mass = np.zeros(n_latents)
+        # Of what was pooled, per latent: activation, its square, firings; and how many pairs went in.
+        self._pooled = np.zeros((3, n_latents))
         self._pooled_pairs = np.zeros(n_latents)
         self._waiting: list[tuple[NDArray, NDArray, NDArray]] = []
         self._n_waiting = 0
@@ -67,7 +68,7 @@ class TokenCounts:
         waiting = (latents.cpu().int().numpy(), tokens.cpu().int().numpy(), values.cpu().double().numpy())
         self._waiting.append(waiting)
         self._n_waiting += len(values)
-        if self._n_waiting > max(_MERGE_ABOVE, self._sums[0].nnz):
+        if self._n_waiting > _MERGE_ABOVE:
             self._merge()
 
     def _merge(self) -> None:
@@ -89,7 +90,8 @@ class TokenCounts:
         rank[heaviest_first] = np.arange(pairs.nnz) - first
         kept = rank < self._per_latent // 2
         lost = np.flatnonzero(~kept)
-        self._pooled_mass += np.bincount(pairs.row[lost], pairs.data[lost], minlength=self.n_latents)
+        for total, sums in zip(self._pooled, self._sums, strict=True):
+            total += np.bincount(pairs.row[lost], sums.data[lost], minlength=self.n_latents)
         self._pooled_pairs += np.bincount(pairs.row[lost], minlength=self.n_latents)
         place = (pairs.row[kept], pairs.col[kept])
         self._sums = [coo_matrix((m.data[kept], place), m.shape).tocsr() for m in self._sums]
@@ -111,11 +113,11 @@ class TokenCounts:
         tokens, (mass, squares, firings) = self._of(latent)
         if not len(tokens):
             return []
-        whole = mass.sum() + self._pooled_mass[latent]
+        whole, whole_squares = (s.sum() + self._pooled[i, latent] for i, s in enumerate((mass, squares)))
         share = mass / whole
         base = self.text[tokens] / self.text.sum()
         best = np.argsort(-share * np.log(share / base), kind="stable")[:count]
-        low, high = wilson_interval(share[best], whole**2 / squares.sum())
+        low, high = wilson_interval(share[best], whole**2 / whole_squares)
         return [
             InputToken(
                 token=int(tokens[i]),
@@ -129,24 +131,25 @@ class TokenCounts:
         ]
 
     def firings(self) -> Float[np.ndarray, " n_latents"]:
-        """Firings of every latent that are counted by token."""
+        """Firings of every latent."""
         self._merge()
-        return np.asarray(self._sums[2].sum(axis=1)).ravel()
+        return np.asarray(self._sums[2].sum(axis=1)).ravel() + self._pooled[2]
 
     def _whole(self) -> NDArray:
         """Activation of every latent over all tokens."""
         self._merge()
-        return np.asarray(self._sums[0].sum(axis=1)).ravel() + self._pooled_mass
+        return np.asarray(self._sums[0].sum(axis=1)).ravel() + self._pooled[0]
 
     def entropies(self) -> Float[np.ndarray, " n_latents"]:
         """H(q) of every latent in nats; 0 where it never fired."""
-        whole, mass, pooled = self._whole(), self._sums[0].copy(), self._pooled_mass
+        whole, mass, pooled = self._whole(), self._sums[0].copy(), self._pooled[0]
         mass.data *= np.log(mass.data)
         log_mass = np.asarray(mass.sum(axis=1)).ravel()
         with np.errstate(divide="ignore", invalid="ignore"):
-            # What was pooled counts as spread evenly over the pairs that went into it. A token pooled
-            # twice counts twice, so entropy is rather over- than underestimated.
-            log_mass += np.where(pooled > 0, pooled * np.log(pooled / self._pooled_pairs), 0.0)
+            # What was pooled counts as spread evenly over the tokens that went into it, as many as they
+            # can be: so entropy is rather over- than underestimated.
+            others = np.minimum(self._pooled_pairs, self.vocabulary - np.diff(self._sums[0].indptr))
+            log_mass += np.where(pooled > 0, pooled * np.log(pooled / others.clip(min=1)), 0.0)
             return np.where(whole > 0, np.log(whole) - log_mass / whole, 0.0).clip(min=0.0)
 
     def text_entropy(self) -> float:
@@ -170,7 +173,7 @@ class TokenCounts:
             "indptr": self._sums[0].indptr.astype(np.int64),
             "indices": self._sums[0].indices.astype(np.int32),
             "sums": np.stack([sums.data for sums in self._sums]).astype(np.float32),
-            "pooled": np.stack([self._pooled_mass, self._pooled_pairs]),
+            "pooled": np.concatenate([self._pooled, self._pooled_pairs[None]]),
         }
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -185,7 +188,7 @@ class TokenCounts:
             csr_matrix((data.astype(np.float64), arrays["indices"], arrays["indptr"]), shape)
             for data in arrays["sums"]
         ]
-        counts._pooled_mass, counts._pooled_pairs = arrays["pooled"]
+        counts._pooled, counts._pooled_pairs = arrays["pooled"][:3], arrays["pooled"][3]
         return counts
 
 

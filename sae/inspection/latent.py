@@ -86,6 +86,8 @@ class Ablation(NamedTuple):
     """Mean KL divergence (nats) from the clean next-token distribution at these positions."""
     random_kl: float
     """The same when a random direction of equal length is subtracted instead."""
+    random_change: float
+    """The largest mean loss of logit then: what chance gives beside `raised` and, negated, `lowered`."""
     positions: int
     """Firings measured."""
 

@@ -50,7 +50,7 @@ def latent_page(reading: LatentReading, text: Callable[[int], str]) -> str:
         lines += [
             f"\nwithout it, at {a.positions} of its strongest firings: KL {a.kl:.3g} nats (a random"
             f" direction of its length: {a.random_kl:.3g})",
-            f"  logits it had raised: {changes}",
+            f"  logits it had raised: {changes}   (random direction's largest: {a.random_change:+.2f})",
         ]
     for title, contexts in (
         ("strongest contexts", reading.top_contexts[:6]),
@@ -82,14 +82,15 @@ def text_table(reading: Reading, found: TextReading) -> str:
     """The strongest latents at each token of a text, each with the token it fires on most."""
     latents = sorted({i for row in found.latents for i, _ in row})
     tops = {r.latent: r.input_tokens[:1] for r in reading.latents(latents)}
-    lines = [f"{'token':<20} strongest latents: activation (fires mostly on)"]
+    lines = [f"{'token':<20} strongest latents: activation (most telling token, its share)"]
     for token, row in zip(found.token_ids, found.latents, strict=True):
-        cells = [
-            f"{i}: {value:.3g} ({reading.text(tops[i][0].token) if tops[i] else 'never in the cache'})"
-            for i, value in row
-        ]
+        cells = [f"{i}: {value:.3g} ({_most_telling(tops[i], reading)})" for i, value in row]
         lines.append(f"{reading.text(token):<20} {'   '.join(cells) or '-'}")
     return "\n".join(lines)
+
+
+def _most_telling(tops: list[InputToken], reading: Reading) -> str:
+    return f"{reading.text(tops[0].token)} {tops[0].share:.0%}" if tops else "never fired in the cache"
 
 
 def _inputs(title: str, tokens: list[InputToken], null: float, text: Callable[[int], str]) -> list[str]:

@@ -41,4 +41,4 @@ def test_ablation_is_what_the_splice_computes(tiny_model, monkeypatch, logits_at
             assert [v for _, v in result.lowered] == pytest.approx(
                 (-(-change).topk(10).values).tolist(), abs=1e-4
             )
-            assert result.random_kl > 0
+            assert result.random_kl > 0 and result.random_change > 0

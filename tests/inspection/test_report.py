@@ -26,7 +26,7 @@ from sae.inspection.latent import (
     NullScores,
     OutputToken,
 )
-from sae.inspection.report import ReportFacts, write_report
+from sae.inspection.report import ReportFacts, check_report_folder, report_source, write_report
 
 EVIL = {
     0: '"<script>alert(1)</script>"',
@@ -94,7 +94,7 @@ def reading(latent, contexts=2, length=12, tokens=3):
     shown = [context(rng, largest, length) for _ in range(2 * contexts)]
     if latent == 4 and contexts:
         shown[0] = Context(7, 100, [7, 0, 1, 2, 3, 4, 5, 6, 9], [1.0] + 7 * [0.0] + [largest], 8, 1.0)
-    ablation = Ablation([(first, 0.5)], [(first, -0.25)], 0.03, 0.01, 64) if latent % 7 == 4 else None
+    ablation = Ablation([(first, 0.5)], [(first, -0.25)], 0.03, 0.01, 0.125, 6) if latent % 7 == 4 else None
     return LatentReading(
         latent=latent,
         summary=LatentSummary(firings, firings / 1e6, largest / 3, largest, rng.random(), 20.0),
@@ -168,6 +168,50 @@ def test_facts_are_escaped_and_missing_numbers_are_dashes(tmp_path):
     assert html.count("</script>") == 1 and not re.search(r'(src|href)="(https?:)?//', html)
 
 
+def test_comparison_has_the_standard_error_and_says_on_what_it_was_measured(tmp_path):
+    row = {"method": "SAE", "kl": 0.2, "ce_increase_se": 0.00123, "ce_increase": 0.1, "ce_spliced": 3.0}
+    given = facts(comparison=[row, {**row, "method": "PCA", "ce_increase_se": None}], tokens_scored=65_536)
+    html = write_report(tmp_path / "report", given, [], 0, text).read_text("utf-8")
+    head = re.findall(r'<th scope="col">([^<]*)</th>', html)
+    assert head == ["method", "CE increase, nats", "\u00b1 s.e.", "CE spliced, nats", "KL, nats"]
+    assert "<td>0.1000</td><td>0.0012</td>" in html and "<td>0.1000</td><td>\u2013</td>" in html
+    assert "CE and KL are measured on 65,536 held-out tokens (FVU on all held-out rows)." in html
+    unknown = write_report(tmp_path / "report", facts(), [], 0, text).read_text("utf-8")
+    assert "CE and KL are measured" not in unknown
+
+
+@pytest.mark.parametrize("source", ["", '/runs/"a" & <b>\u05e9', "/" + "r/" * 1900])
+def test_source_is_read_back_from_the_head_of_the_page(tmp_path, source):
+    assert report_source(tmp_path / "report") is None
+    index = write_report(tmp_path / "report", facts(source=source), [reading(0)], 1, text)
+    assert report_source(tmp_path / "report") == source
+    assert (
+        b'<meta name="sae-source" content="' in index.read_bytes()[:4096]
+        and b"& <b>" not in index.read_bytes()
+    )
+
+
+def test_source_of_what_is_no_report_of_ours_is_none(tmp_path):
+    assert report_source(tmp_path) is None
+    (tmp_path / "index.html").write_text('<meta name="sae-source" content="x">')
+    assert report_source(tmp_path) is None
+    (tmp_path / "index.html").write_text('<meta name="generator" content="sae-report/1">')
+    assert report_source(tmp_path) == ""
+    (tmp_path / "file").write_text("notes")
+    assert report_source(tmp_path / "file") is None
+
+
+def test_method_says_how_low_the_bar_of_chance_is(tmp_path):
+    html = write_report(tmp_path / "report", facts(), [reading(0)], 1, text).read_text("utf-8")
+    for told in (
+        "isotropic and residual streams are not", "from 50 firings up to 20 % of rows; the nearest density",
+        "one uniform sample of all its firings", "Contexts of the same words are shown once",
+        "pooled and count as spread evenly, so that clarity is rather under- than overestimated",
+        "set to zero at its strongest firings",
+    ):  # fmt: skip
+        assert told in " ".join(html.split()), told
+
+
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     odd = reading(0)._replace(summary=LatentSummary(3, 0.1, math.nan, math.inf, 0.5, 1.0))
     write_report(tmp_path / "report", facts(), [odd], 1, text)
@@ -186,8 +230,21 @@ def test_folder_of_somebody_else_is_left_untouched(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "index.html").write_text("<h1>my home page</h1>")
     with pytest.raises(InputError, match=rf"{name}, which holds something else.*name another folder"):
+        check_report_folder(tmp_path / "report")
+    with pytest.raises(InputError, match=rf"{name}, which holds something else.*name another folder"):
         write_report(tmp_path / "report", facts(), map(reading, range(3)), 3, text)
     assert contents(tmp_path) == {Path(name, "index.html"): b"<h1>my home page</h1>"}
+
+
+def test_folder_that_is_new_empty_or_a_report_passes_the_check_unchanged(tmp_path):
+    check_report_folder(tmp_path / "report")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "report").mkdir()
+    check_report_folder(tmp_path / "report")
+    write_report(tmp_path / "report", facts(), [reading(0)], 1, text)
+    before = contents(tmp_path)
+    check_report_folder(tmp_path / "report")
+    assert contents(tmp_path) == before
 
 
 def test_file_in_the_place_of_the_folder_is_refused(tmp_path):
@@ -473,6 +530,14 @@ def test_latent_page_shows_its_evidence_beside_chance(opened, small_report):
     page.get_by_role("heading", name="Latent 12", exact=True).wait_for()
 
 
+def test_ablation_stands_beside_a_random_direction(opened, small_report):
+    page = opened(small_report, "#latent/11")
+    page.get_by_text("Set to zero at its 6 strongest firings, the model").wait_for()
+    promoted, suppressed = page.locator(".card tfoot").all_inner_texts()[-2:]
+    assert promoted.split() == ["random", "direction", "0.125"]
+    assert suppressed.split() == ["random", "direction", "\u22120.125"]
+
+
 def test_dead_and_rare_latents_are_called_so(opened, small_report):
     page = opened(small_report, "#latent/13")
     page.get_by_text("Dead: never fired on the rows seen; only its direction is known.").wait_for()
@@ -493,6 +558,44 @@ def test_jump_out_of_range_says_the_range(opened, small_report):
     page.get_by_role("heading", name="Latent 199", exact=True).wait_for()
     page.evaluate("location.hash = 'latent/4096'")
     page.get_by_text("There is no latent 4096: the numbers run from 0 to 199.").wait_for()
+
+
+@pytest.mark.parametrize("address", ["#latent", "#latent/", "#latent?x", "#latent/abc", "#latent/-1"])
+def test_address_without_the_number_of_a_latent_says_the_range(opened, small_report, address):
+    page = opened(small_report, address)
+    wanted = address.partition("/")[2] or "without a number"
+    page.get_by_text(f"There is no latent {wanted}: the numbers run from 0 to 199.").wait_for()
+    assert "undefined" not in page.locator("body").inner_text() + page.title()
+
+
+@pytest.mark.parametrize("query", ["min=abc", "min=", "min=1e", "min=0x10", "show=abc", "sort=abc", "min=%"])
+def test_nonsense_in_the_address_of_the_table_is_left_out(opened, small_report, query):
+    page = opened(small_report, f"#latents?{query}")
+    wait_count(page, "200")
+    assert page.input_value("#density") == "" and page.locator("[value=all]").is_checked()
+
+
+def test_density_in_the_address_is_kept(opened, small_report):
+    page = opened(small_report, "#latents?min=3e-1")
+    wait_count(page, str(sum(reading(i).summary.density >= 0.003 for i in range(200))))
+    assert page.input_value("#density") == "3e-1"
+
+
+def test_report_of_a_dictionary_without_latents_to_show_is_whole(opened, tmp_path):
+    given = facts(notes=["No language model is at hand, so latents could not be read."])
+    page = opened(write_report(tmp_path / "report", given, [], 0, text))
+    assert page.locator(".banner:visible").all_inner_texts() == given.notes
+    assert page.locator(".facts dt").count() == 2 and page.locator(".comparison tbody tr").count() == 2
+    assert page.locator("figure svg").count() == 1
+    assert page.locator("nav a").all_inner_texts() == ["Overview", "Method"]
+    assert page.locator("h2", has_text="atents").count() == 0
+    for address in ("latents", "latents?min=abc", "latent/3", "latent"):
+        page.evaluate("address => location.hash = address", address)
+        page.wait_for_function("a => location.hash === '#' + a", arg=address)
+        assert page.locator("#view-overview").is_visible() and "undefined" not in page.title()
+    page.get_by_role("link", name="Method", exact=True).click()
+    page.get_by_role("heading", name="Comparison").wait_for()
+    assert page.locator("#view-method h2").all_inner_texts() == ["Comparison"]
 
 
 def test_tokens_are_text_and_never_code(opened, small_report):

@@ -131,6 +131,7 @@ def latent_page(reading: LatentReading, index: TokenIndex) -> dict[str, Any]:
             "lowered": [[index[token], number(v)] for token, v in ablation.lowered],
             "kl": number(ablation.kl),
             "random_kl": number(ablation.random_kl),
+            "random_change": number(ablation.random_change),
             "positions": ablation.positions,
         }
         if ablation

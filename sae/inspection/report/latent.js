@@ -38,7 +38,9 @@ function summary(row, page, enough) {
 
 /* Tokens with their scores, chance in the last row. */
 
-function card(title, hint, head, rows, chance) {
+const PERCENTILE = "95th percentile of the same score among random directions";
+
+function card(title, hint, head, rows, chance, meaning = PERCENTILE) {
   if (!rows.length) return null;
   const cells = (row) => row.map((cell, at) => h(at ? "td" : "th", at ? {} : { scope: "row" }, cell));
   return h(
@@ -51,7 +53,7 @@ function card(title, hint, head, rows, chance) {
       { class: "plain scores" },
       h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, name)))),
       h("tbody", {}, rows.map((row) => h("tr", {}, cells(row)))),
-      chance ? h("tfoot", { title: "95th percentile of the same score among random directions" }, h("tr", {}, cells(chance))) : null,
+      chance ? h("tfoot", { title: meaning }, h("tr", {}, cells(chance))) : null,
     ),
   );
 }
@@ -81,17 +83,22 @@ const outputCards = (page) => [
   outputCard("Lowers", "The other end of the same list", page.lowers, page, -1),
 ];
 
-function ablation({ raised, lowered, kl, random_kl, positions }) {
-  const rows = (list) => list.map(([t, value]) => [token(t), figure(value)]);
+function ablation({ raised, lowered, kl, random_kl, random_change, positions }) {
+  const changes = (title, hint, list, sign) => {
+    const rows = list.map(([t, value]) => [token(t), figure(value)]);
+    const chance = ["random direction", random_change === null ? "–" : figure(sign * random_change)];
+    return card(title, hint, ["token", "logit"], rows, chance, "Largest change of a logit when one random direction of equal length is subtracted instead");
+  };
+  const where = positions === 1 ? "at its strongest firing" : `at its ${whole(positions)} strongest firings`;
   return h(
     "section",
     {},
     h("h2", {}, "Measured by ablation"),
-    h("p", {}, `Set to zero at ${whole(positions)} of its firings, the model's next-token distribution moves by `,
+    h("p", {}, `Set to zero ${where}, the model's next-token distribution moves by `,
       h("b", {}, `${figure(kl)} nats`), ` (KL); subtracting a random direction of equal length moves it by ${figure(random_kl)} nats.`),
     h("div", { class: "cards" },
-      card("Promoted", "Logit lost without it", ["token", "logit"], rows(raised), null),
-      card("Suppressed", "Logit gained without it", ["token", "logit"], rows(lowered), null)),
+      changes("Promoted", "Logit lost without it", raised, 1),
+      changes("Suppressed", "Logit gained without it", lowered, -1)),
   );
 }
 

@@ -1,15 +1,18 @@
 /* Pages of the report by the address after #, so that Back works and every page can be linked. */
 
-const views = ["overview", "latents", "latent", "method"];
 const view = (name) => document.getElementById(`view-${name}`);
+const views = ["overview", "latents", "latent", "method"].filter(view); // without latents, two of them
 const failure = document.getElementById("failure");
 let table = null;
 
-const ready = Promise.all([load("table"), load("tokens")]).then(([data, texts]) => {
+const ready = view("latents") && readTable();
+
+async function readTable() {
+  const [data, texts] = await Promise.all([load("table"), load("tokens")]);
   tokens = texts;
   glance(data);
   return { data, at: new Map(data.columns.latent?.map((latent, i) => [latent, i])) };
-});
+}
 
 function fail(error) {
   failure.textContent = error.message;
@@ -18,7 +21,7 @@ function fail(error) {
 
 async function route(event) {
   const [path, query] = location.hash.slice(1).split("?");
-  const [name, number] = path.split("/");
+  const [name, number = ""] = path.split("/");
   const shown = views.includes(name) ? name : "overview";
   for (const other of views) view(other).hidden = other !== shown;
   for (const link of document.querySelectorAll("[data-view]")) {
@@ -28,7 +31,7 @@ async function route(event) {
   }
   failure.hidden = true;
   const title = document.body.dataset.title;
-  const names = { overview: "", latents: "Latents – ", method: "Method – ", latent: `Latent ${number} – ` };
+  const names = { overview: "", latents: "Latents – ", method: "Method – ", latent: `${nameOfLatent(number)} – ` };
   document.title = names[shown] + title;
   window.scrollTo(0, 0);
   try {
@@ -93,8 +96,10 @@ function fill({ q, show, min, above }) {
 
 function fromQuery(query) {
   const given = new URLSearchParams(query);
-  const text = (name) => given.get(name) ?? START[name];
-  return { ...START, q: text("q"), sort: text("sort"), show: text("show"), min: text("min"), down: given.has("down"), above: given.has("above") };
+  const text = (name, fits = /^/) => (fits.test(given.get(name) ?? "") ? given.get(name) : null) ?? START[name];
+  const show = text("show", /^(all|alive|dead)$/);
+  const min = text("min", /^-?\d*\.?\d+(e-?\d{1,2})?$/i);
+  return { ...START, q: text("q"), sort: text("sort"), show, min, down: given.has("down"), above: given.has("above") };
 }
 
 /** Keeps sort, search and filters in the address, while the table is in sight. */
@@ -110,7 +115,7 @@ function remember() {
 async function showLatent(number) {
   const { data, at } = await ready;
   const here = location.hash;
-  const latent = /^\d+$/.test(number ?? "") ? Number(number) : -1;
+  const latent = /^\d+$/.test(number) ? Number(number) : -1;
   const i = at.get(latent);
   let content = h("p", { class: "banner", role: "alert" }, `Latent ${latent} was not read for this report.`);
   if (i !== undefined) {
@@ -124,8 +129,10 @@ async function showLatent(number) {
   view("latent").replaceChildren(...parts);
 }
 
+const nameOfLatent = (number) => (number === "" ? "Latent" : `Latent ${number}`);
+
 const outOfRange = (number, { n_latents }) =>
-  `There is no latent ${number}: ${n_latents ? `the numbers run from 0 to ${whole(n_latents - 1)}` : "this dictionary has none"}.`;
+  `There is no latent ${number === "" ? "without a number" : number}: the numbers run from 0 to ${whole(n_latents - 1)}.`;
 
 function latentHead(number, latent, data) {
   const link = (to, text, rel) =>
@@ -138,13 +145,13 @@ function latentHead(number, latent, data) {
     const wanted = input.value.trim().replace(/,/g, "");
     const fits = /^\d+$/.test(wanted) && Number(wanted) < data.n_latents;
     message.hidden = fits;
-    message.textContent = fits ? "" : outOfRange(wanted || "without a number", data);
+    message.textContent = fits ? "" : outOfRange(wanted, data);
     if (fits) location.hash = `latent/${Number(wanted)}`;
   });
   const known = latent >= 0 && latent < data.n_latents;
   return [
     h("div", { class: "head" },
-      h("h1", { tabindex: -1 }, `Latent ${known ? latent : number}`),
+      h("h1", { tabindex: -1 }, nameOfLatent(known ? latent : number)),
       known ? h("span", { class: "steps" }, link(latent - 1, `← ${latent - 1}`, "prev"), link(latent + 1, `${latent + 1} →`, "next")) : null,
       jump),
     message,
@@ -181,7 +188,7 @@ function glance(data) {
 }
 
 window.addEventListener("hashchange", route);
-ready.catch((error) => {
+ready?.catch((error) => {
   document.getElementById("glance").replaceChildren();
   fail(error);
 });

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
@@ -29,6 +31,8 @@ GENERATOR = "sae-report/1"
 LATENTS_PER_FILE = 64
 """Latents in each file that the page loads when one of them is opened."""
 
+_HEAD_BYTES = 4096  # of index.html: generator and source stand within
+_SOURCE = re.compile(r'<meta name="sae-source" content="([^"]*)">')
 _HERE = Path(__file__).parent
 _SCRIPTS = ("store.js", "table.js", "latent.js", "report.js")
 _COLUMNS = {
@@ -37,6 +41,7 @@ _COLUMNS = {
     "l0": "L0",
     "fvu": "FVU",
     "ce_increase": "CE increase, nats",
+    "ce_increase_se": "± s.e.",
     "ce_spliced": "CE spliced, nats",
     "kl": "KL, nats",
     "cosine": "cosine",
@@ -59,6 +64,33 @@ class ReportFacts(NamedTuple):
     """`ce_clean` and `ce_mean_ablated` in nats; empty if the model was not at hand."""
     figures: list[tuple[str, str]]
     """Caption and SVG text. The SVG is inserted as it is: it must be our own."""
+    source: str = ""
+    """What the report was made from, e.g. a run's folder; `report_source` reads it back."""
+    tokens_scored: int | None = None
+    """Held-out tokens that cross entropy was measured on."""
+
+
+def report_source(folder: Path) -> str | None:
+    """`source` of the report in `folder`, "" if it names none; None if there is no report of ours.
+
+    As it stands in the page: control characters are spelled out, as `safe_text` does it.
+    """
+    head = _head(folder)
+    if not _is_ours(head):
+        return None
+    found = _SOURCE.search(head)
+    return html.unescape(found[1]) if found else ""
+
+
+def check_report_folder(folder: Path) -> None:
+    """Whether `write_report` may write to `folder`, for callers to ask before long work.
+
+    Raises:
+        InputError: if `folder`, or what lies beside it under the names that writing takes (.tmp and .old
+            at the end), holds something else than a report.
+    """
+    for path in _places(folder):
+        _require_ours(path)
 
 
 def write_report(
@@ -77,7 +109,8 @@ def write_report(
         folder: A new or empty folder, or a report.
         facts: What is said of the whole run.
         latents: What is known of each latent, by rising number.
-        n_latents: How many latents the dictionary has.
+        n_latents: How many latents the dictionary has; 0 for a report without latents, which then says
+            nothing of them but what `facts` says.
         text: Shows a token id as a quoted string, e.g. `" the"`.
 
     Returns:
@@ -86,11 +119,8 @@ def write_report(
     Raises:
         InputError: if `folder` holds something else than a report.
     """
-    folder = folder.resolve()
-    temporary = folder.with_name(folder.name + ".tmp")
-    previous = folder.with_name(folder.name + ".old")
-    for path in (folder, temporary, previous):
-        _require_ours(path)
+    check_report_folder(folder)
+    folder, temporary, previous = _places(folder)
     if previous.exists() and not folder.exists():
         previous.rename(folder)  # killed between the two renames of _swap
     for path in (temporary, previous):
@@ -99,7 +129,7 @@ def write_report(
         (temporary / "data").mkdir(parents=True)
         (temporary / "index.html").write_text(f'<meta name="generator" content="{GENERATOR}">unfinished')
         version = _write_data(temporary / "data", latents, n_latents, text)
-        write_atomically(temporary / "index.html", _page(facts, version).encode())
+        write_atomically(temporary / "index.html", _page(facts, n_latents, version).encode())
         _swap(folder, temporary, previous)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -107,12 +137,30 @@ def write_report(
     return folder / "index.html"
 
 
+def _places(folder: Path) -> tuple[Path, Path, Path]:
+    """The report's folder, the one it is written to first, and the one the old report waits in."""
+    folder = folder.resolve()
+    return folder, folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+
+
+def _head(folder: Path) -> str:
+    """The beginning of its index.html; empty if there is none."""
+    index = folder / "index.html"
+    if not index.is_file():
+        return ""
+    with index.open("rb") as file:
+        return file.read(_HEAD_BYTES).decode("utf-8", "replace")
+
+
+def _is_ours(head: str) -> bool:
+    return f'content="{GENERATOR}"' in head
+
+
 def _require_ours(path: Path) -> None:
     """A missing or empty folder, or a report of ours; anything else is left alone."""
-    index = path / "index.html"
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if index.is_file() and f'content="{GENERATOR}"'.encode() in index.read_bytes()[:4096]:
+    if _is_ours(_head(path)):
         return
     raise InputError(
         f"`folder` must be new, empty or a report written by sae, got {path}, which holds something else"
@@ -165,15 +213,16 @@ def _page_of(reading: LatentReading, n_latents: int, table: LatentTable, index: 
     return latent_page(reading, index)
 
 
-def _page(facts: ReportFacts, version: str) -> str:
+def _page(facts: ReportFacts, n_latents: int, version: str) -> str:
     environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     known = {k for row in facts.comparison for k, value in row.items() if value is not None}
     columns = [*(k for k in _COLUMNS if k in known), *sorted(known - _COLUMNS.keys())]
     losses = [(label, facts.model_loss.get(k)) for k, label in _MODEL_LOSS.items()]
-    html = environment.get_template("template.html").render(
+    page = environment.get_template("template.html").render(
         generator=GENERATOR,
         version=version,
+        n_latents=n_latents,
         facts=facts,
         head=[_COLUMNS.get(k, k) for k in columns],
         rows=[[_cell(k, row.get(k)) for k in columns] for row in facts.comparison],
@@ -183,7 +232,7 @@ def _page(facts: ReportFacts, version: str) -> str:
         css=(_HERE / "report.css").read_text(encoding="utf-8"),
         js="\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS),
     )
-    return "\n".join(map(safe_text, html.split("\n")))
+    return "\n".join(map(safe_text, page.split("\n")))
 
 
 def _cell(key: str, value: Any) -> str:

@@ -26,15 +26,15 @@ from sae.inspection.input_tokens import TokenCounts
 from sae.inspection.null import RandomDetectors, null_scores
 from sae.ops.sparse import SparseLatents
 
-FORMAT = "sae-evidence/1"
+FORMAT = "sae-evidence/2"
 BINS_PER_OCTAVE = 4
 OCTAVES = 20
 """Span of the activation histogram; activations beyond it are counted in its end bins."""
 WINDOW = 48
 TOP = 12
 SAMPLED = 12
-MOST_TOKENS = 10_000_000
-_NULL_SAMPLE = 32_768  # rows that the random directions' thresholds are set on
+MOST_TOKENS = 25_000_000
+_NULL_SAMPLE = 65_536  # rows that the random directions' thresholds are set on
 
 
 @dataclass
@@ -142,7 +142,7 @@ def gather_evidence(
     while sum(len(b.sequence) for b in first) * context < min(total, _NULL_SAMPLE):
         first.append(next(batches))
     sample = torch.cat([_rows(dictionary, batch) for batch in first])
-    gathering = _Gathering(dictionary, sample, context, vocabulary=int(token_ids.max()) + 1)
+    gathering = _Gathering(dictionary, sample, total, context, vocabulary=int(token_ids.max()) + 1)
     with tqdm(total=total, desc="evidence", unit=" tokens", unit_scale=True, leave=False) as bar:
         for batch in chain(first, batches):
             gathering.add(_rows(dictionary, batch), batch)
@@ -167,10 +167,12 @@ def _rows(dictionary: Dictionary, batch: Contexts) -> Tensor:
 class _Gathering:
     """A pass under way."""
 
-    def __init__(self, dictionary: Dictionary, sample: Tensor, context: int, vocabulary: int) -> None:
+    def __init__(
+        self, dictionary: Dictionary, sample: Tensor, rows: int, context: int, vocabulary: int
+    ) -> None:
         n, device = dictionary.n_latents, sample.device
         self._dictionary = dictionary
-        self._null = RandomDetectors(sample)
+        self._null = RandomDetectors(sample, rows)
         self._rows = 0
         self._firings = torch.zeros(n, dtype=torch.int64, device=device)
         self._mass = torch.zeros(n, dtype=torch.float64, device=device)

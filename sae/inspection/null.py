@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -9,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae.inspection.input_tokens import TokenCounts
-from sae.inspection.latent import NullScores
+from sae.inspection.latent import FEWEST_FIRINGS, NullScores
 from sae.ops.sparse import SparseLatents, from_dense
 
-DENSITIES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
-"""Shares of rows on which the random directions are made to fire; denser latents are set beside the last."""
+DENSEST = 0.2
+"""The largest share of rows that random directions are made to fire on; denser latents are set beside it."""
+LEVELS = 8
+"""Densities, in equal ratios, from that of a latent that fires just often enough to be called clear."""
 PER_DENSITY = 48
 PERCENTILE = 95.0
 
@@ -21,18 +25,27 @@ PERCENTILE = 95.0
 class RandomDetectors:
     """Random directions, isotropic, each firing above a threshold that gives it a set density.
 
-    latents = relu((x - mean) . direction - threshold). The thresholds are quantiles of a sample of rows;
-    the densities that result are counted.
+    latents = relu((x - mean) . direction - threshold). The thresholds are quantiles of a sample of rows,
+    so the densities that result differ from those aimed at, most of all the lowest: they are counted,
+    and scores are looked up by what was counted.
     """
 
-    def __init__(self, sample: Float[Tensor, "rows d_model"], seed: int = 0) -> None:
+    def __init__(self, sample: Float[Tensor, "rows d_model"], rows: int, seed: int = 0) -> None:
+        """Draws directions and sets their thresholds.
+
+        Args:
+            sample: rows that thresholds are set on.
+            rows: all rows to come; the sparsest directions fire on about `FEWEST_FIRINGS` of them.
+            seed: of the directions.
+        """
         generator = torch.Generator().manual_seed(seed)
-        n = len(DENSITIES) * PER_DENSITY
-        directions = torch.randn(n, sample.shape[1], generator=generator)
+        sparsest = min(FEWEST_FIRINGS / rows, DENSEST)
+        density = torch.logspace(math.log10(sparsest), math.log10(DENSEST), LEVELS, dtype=torch.float64)
+        density = density.repeat_interleave(PER_DENSITY)
+        directions = torch.randn(len(density), sample.shape[1], generator=generator)
         self.directions = F.normalize(directions, dim=-1).to(sample.device, sample.dtype)
         self._mean = sample.mean(0)
         projected = ((sample - self._mean) @ self.directions.T).sort(dim=0, descending=True).values
-        density = torch.tensor(DENSITIES, dtype=torch.float64).repeat_interleave(PER_DENSITY)
         place = (density * len(sample)).round().long().clamp(1, len(sample) - 1).to(sample.device)
         self._threshold = projected.gather(0, place[None]).squeeze(0)
 

@@ -1,11 +1,14 @@
 """The null is what random directions give, looked up by density."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from sae.inspection.null import (
-    DENSITIES,
+    DENSEST,
+    LEVELS,
     PER_DENSITY,
     NullDistribution,
     RandomDetectors,
@@ -15,11 +18,11 @@ from sae.inspection.null import (
 
 def test_detectors_fire_at_their_densities_on_the_rows_they_were_set_on():
     sample = torch.randn(20_000, 12) * torch.linspace(0.1, 3, 12) + 5.0
-    detectors = RandomDetectors(sample)
+    detectors = RandomDetectors(sample, len(sample))
     code = detectors.encode_sparse(sample)
     density = torch.bincount(code.indices, minlength=detectors.n_latents) / len(sample)
-    wanted = torch.tensor(DENSITIES).repeat_interleave(PER_DENSITY)
-    torch.testing.assert_close(density, wanted, atol=1e-3, rtol=0.01)
+    wanted = torch.logspace(math.log10(50 / len(sample)), math.log10(DENSEST), LEVELS)
+    torch.testing.assert_close(density, wanted.repeat_interleave(PER_DENSITY), atol=1e-4, rtol=0.02)
     assert (code.values > 0).all()
 
 

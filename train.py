@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from sae.cli import SaeCLI, exit_on_input_error
 from sae.errors import InputError
 from sae.inspection import latent_table
-from sae.reporting import report_run
+from sae.reporting import is_reported, report_run
 from sae.runs import checkpoint_to_resume, discard_run, is_finished, open_run, summary
 
 
@@ -27,8 +27,7 @@ def main(args: list[str] | None = None) -> None:
     cli = SaeCLI(args)
     folder, config = cli.run_folder, cli.config_values
     checkpoint = None if cli.config.fresh else checkpoint_to_resume(folder, config)
-    finished = not cli.config.fresh and is_finished(folder, config)
-    if finished:
+    if not cli.config.fresh and is_finished(folder, config):
         print(f"{folder} is finished; --fresh starts over, a larger trainer.max_steps continues it.")
     else:
         prepare(cli)
@@ -36,7 +35,7 @@ def main(args: list[str] | None = None) -> None:
             rank_zero_only(print)(f"resuming from {checkpoint}")
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    report(folder, rewrite=not finished)
+    report(folder)
 
 
 @rank_zero_only
@@ -50,18 +49,23 @@ def prepare(cli: SaeCLI) -> None:
 
 
 @rank_zero_only
-def report(folder: Path, rewrite: bool) -> None:
-    """Prints the comparison and the clearest latents, and writes the report (again) where it is due."""
+def report(folder: Path) -> None:
+    """Prints the comparison and the clearest latents, and writes the report where it is due."""
     print(f"\n{summary(folder)}\n")
     try:
         run = open_run(folder)
-        reading = run.reading()
-        print(f"The clearest latents at {run.hookpoint} of {run.model}:")
-        print(latent_table(reading.clearest(20), reading.text))
+        reading = None
+        try:
+            reading = run.reading()
+        except InputError as error:  # a cache may be trained on where its language model is not
+            print(f"Latents were not read: {error}")
+        else:
+            print(f"The clearest latents at {run.hookpoint} of {run.model}:")
+            print(latent_table(reading.clearest(20), reading.text))
         page = folder / "report" / "index.html"
-        print(f"\nopen {report_run(run, reading) if rewrite or not page.is_file() else page}")
-    except InputError as error:  # a cache may be trained on where its language model is not
-        print(f"Latents were not read: {error}")
+        print(f"\nopen {page if is_reported(run) else report_run(run, reading)}")
+    except InputError as error:
+        print(f"The report was not written: {error}")
     print(f"{folder} holds metrics.json, dictionary/, and curves for `tensorboard --logdir {folder}`.")
 
 

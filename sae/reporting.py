@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sae.activations.language_model import weights_hash
+from sae.errors import InputError
 from sae.inspection import Reading
 from sae.inspection.figures import (
     density_histogram,
@@ -17,36 +22,68 @@ from sae.inspection.figures import (
     training_curves,
 )
 from sae.inspection.projector import write_projector
-from sae.inspection.report import ReportFacts, write_report
+from sae.inspection.report import ReportFacts, check_report_folder, report_source, write_report
 from sae.ops.geometry import nearest_neighbour_cosines
 from sae.runs import Run, read_config, read_metrics
 
 ABLATED = 24
 """Latents of which the measured effect is shown: so many of the clearest, and so many by chance."""
 
-COMPARED = ("n_latents", "l0", "fvu", "ce_increase", "ce_spliced", "kl", "cosine", "dead_fraction")
+COMPARED = (
+    "n_latents", "l0", "fvu", "ce_increase", "ce_increase_se", "ce_spliced", "kl", "cosine", "dead_fraction",
+)  # fmt: skip
 """Keys of metrics.json that the report's comparison shows."""
 
 
-def report_run(run: Run, reading: Reading, folder: Path | None = None) -> Path:
+def report_run(
+    run: Run, reading: Reading | None = None, *, model: str | None = None, folder: Path | None = None
+) -> Path:
     """Writes a run's report, and the directions for TensorBoard's projector; returns index.html.
+
+    Where the latents cannot be read (rows were imported, or the language model is not at hand), the
+    report has everything else, and says so.
 
     Args:
         run: finished or not.
-        reading: of the same run; ablations are measured for a sample of its latents.
+        reading: of the same run, where there is one already.
+        model: where its language model is, as for `Run.reading`.
         folder: of the report; None = `report` in the run's folder.
 
     Raises:
         InputError: if `folder` holds something else than a report of ours.
     """
+    folder = folder or run.folder / "report"
+    check_report_folder(folder)
+    unread = ""
+    if reading is None:
+        try:
+            reading = run.reading(model)
+        except InputError as error:
+            if model is not None:
+                raise
+            unread = f"Latents were not read: {error}"
+    facts = _facts(run, reading, unread)
+    if reading is None:
+        return write_report(folder, facts, (), 0, str)
     reading.measure_ablations(_sample(reading))
-    latents = reading.latents()
-    page = write_report(
-        folder or run.folder / "report", _facts(run, reading), latents, reading.n_latents, reading.text
-    )
+    page = write_report(folder, facts, reading.latents(), reading.n_latents, reading.text)
     if (run.folder / "tensorboard").is_dir():
-        _write_projector(run, reading)
+        try:
+            _write_projector(run, reading)
+        except OSError as error:
+            print(f"the projector was not written: {error}", file=sys.stderr)
     return page
+
+
+def is_reported(run: Run) -> bool:
+    """Whether the run's report is of what the run is now."""
+    return report_source(run.folder / "report") == _source(run)
+
+
+def _source(run: Run) -> str:
+    """What a report is made from: weights and metrics, and whether the latents could be read."""
+    metrics = json.dumps(read_metrics(run.folder), sort_keys=True)
+    return f"{weights_hash(run.dictionary)} {hashlib.sha256(metrics.encode()).hexdigest()[:16]}"
 
 
 def _sample(reading: Reading) -> list[int]:
@@ -56,41 +93,39 @@ def _sample(reading: Reading) -> list[int]:
     return sorted({*(r.latent for r in reading.clearest(ABLATED)), *mixed[:ABLATED].tolist()})
 
 
-def _facts(run: Run, reading: Reading) -> ReportFacts:
+def _facts(run: Run, reading: Reading | None, unread: str) -> ReportFacts:
     metrics, config = read_metrics(run.folder), read_config(run.folder)
     manifest = run.cache.manifest
-    rows = run.cache.n_rows("train")
+    held_out = f"{run.cache.n_rows('held_out'):,} held out, as {manifest['dtype']}"
     facts = [
-        ("model", f"{run.model} (d_model {run.dictionary.d_model:,})"),
+        ("model", f"{run.model or 'imported rows'} (d_model {run.dictionary.d_model:,})"),
         ("hookpoint", run.hookpoint),
-        ("text", str(manifest.get("dataset"))),
-        (
-            "rows cached",
-            f"{rows:,} to train on, {run.cache.n_rows('held_out'):,} held out, as {manifest['dtype']}",
-        ),
-        ("context", f"{manifest['context_length']:,} tokens"),
+        ("text", str(manifest.get("dataset") or "-")),
+        ("rows cached", f"{run.cache.n_rows('train'):,} to train on, {held_out}"),
+        ("context", f"{manifest['context_length']:,} tokens" if manifest.get("context_length") else "-"),
         ("dictionary", repr(run.dictionary)),
         ("rule", run.dictionary.inference),
         ("trained on", f"{metrics.get('tokens_seen', 0):,} tokens in {metrics.get('steps', 0):,} steps"),
         ("seed", str(config.get("seed_everything"))),
-        ("evidence from", f"{reading.evidence.rows:,} train rows"),
     ]
-    methods = {"SAE": metrics, **{name.upper(): row for name, row in metrics.get("baselines", {}).items()}}
+    if reading is not None:
+        facts.append(("evidence from", f"{reading.evidence.rows:,} train rows"))
+    rows = {"SAE": metrics, **{name.upper(): row for name, row in metrics.get("baselines", {}).items()}}
+    compared = [{"method": name, **{k: row.get(k) for k in COMPARED}} for name, row in rows.items() if row]
+    of = Path(run.model).name if run.model else run.folder.name
     return ReportFacts(
-        title=f"{run.dictionary.n_latents:,} directions at {run.hookpoint} of {Path(run.model or '-').name}",
-        notes=[run.unfinished] if run.unfinished else [],
+        title=f"{run.dictionary.n_latents:,} directions at {run.hookpoint} of {of}",
+        notes=[note for note in (run.unfinished, unread) if note],
         facts=facts,
-        comparison=[
-            {"method": name, **{key: row.get(key) for key in COMPARED}}
-            for name, row in methods.items()
-            if row
-        ],
+        comparison=compared,
         model_loss={key: metrics.get(key) for key in ("ce_clean", "ce_mean_ablated")},
         figures=_figures(run, reading, metrics),
+        source="" if unread else _source(run),
+        tokens_scored=metrics.get("ce_tokens"),
     )
 
 
-def _figures(run: Run, reading: Reading, metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def _figures(run: Run, reading: Reading | None, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     figures = []
     if metrics.get("baselines"):
         figures += [
@@ -100,12 +135,12 @@ def _figures(run: Run, reading: Reading, metrics: dict[str, Any]) -> list[tuple[
     curves = training_curves(run.folder)
     if curves is not None:
         figures.append(("Training.", curves))
-    densities = reading.evidence.firings.double() / reading.evidence.rows
+    if reading is not None:
+        densities = reading.evidence.firings.double() / reading.evidence.rows
+        caption = "How often latents fire, on the rows read for this report."
+        figures.append((caption, density_histogram(densities, "train")))
     cosines = nearest_neighbour_cosines(run.dictionary.directions)
-    figures += [
-        ("How often latents fire, on the rows read for this report.", density_histogram(densities, "train")),
-        ("Largest |cosine| of each direction with another one.", neighbour_histogram(cosines)),
-    ]
+    figures.append(("Largest |cosine| of each direction with another one.", neighbour_histogram(cosines)))
     return [(caption, to_svg(figure)) for caption, figure in figures]
 
 
@@ -113,16 +148,8 @@ def _write_projector(run: Run, reading: Reading) -> None:
     names = []
     for latent in range(reading.n_latents):
         summary, top = reading.summary(latent), reading.evidence.inputs.top(latent, 1)
-        token = reading.text(top[0].token) if top else "-"
-        names.append(
-            [
-                str(latent),
-                token,
-                f"{summary.density:.3g}",
-                f"{summary.clarity:.2f}",
-                "alive" if top else "dead",
-            ]
-        )
+        token, state = (reading.text(top[0].token), "alive") if top else ("-", "dead")
+        names.append([str(latent), token, f"{summary.density:.3g}", f"{summary.clarity:.2f}", state])
     header = ["latent", "top token", "density", "clarity", "state"]
     steps = int(read_metrics(run.folder).get("steps", 0))
     write_projector(run.folder, run.dictionary.directions, names, header, steps)

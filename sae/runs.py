@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from sae.activations.source import Source
 from sae.dictionaries import Dictionary, load_dictionary
 from sae.errors import InputError
 from sae.inspection import Evidence, Reading, gather_evidence
+from sae.inspection.evidence import MOST_TOKENS
+from sae.inspection.report import check_report_folder
 
 OUTPUTS = (
     "config.yaml",
@@ -28,14 +31,21 @@ OUTPUTS = (
     "dictionary",
     "tensorboard",
     "report",
+    "report.tmp",
+    "report.old",
 )
 """All that a run writes into its folder."""
 
 
 def discard_run(folder: Path) -> None:
-    """Removes what an earlier run wrote into the folder; a folder without a run is left as it is."""
+    """Removes what an earlier run wrote into the folder; a folder without a run is left as it is.
+
+    Raises:
+        InputError: if its `report` is not one of ours; nothing is removed then.
+    """
     if not (folder / "config.yaml").is_file():
         return
+    check_report_folder(folder / "report")
     for name in OUTPUTS:
         path = folder / name
         if path.is_dir():
@@ -123,33 +133,51 @@ class Run:
     unfinished: str | None
     """Where an unfinished run stands, in a sentence; None for a finished one."""
 
-    def evidence(self) -> Evidence:
+    def evidence(self, max_tokens: int | None = None) -> Evidence:
         """What its latents fire on: read from evidence.safetensors, or gathered and kept there.
 
-        That of an unfinished run is not kept: its dictionary is still changing.
+        Args:
+            max_tokens: rows read at most; None = as many as `gather_evidence` takes by itself.
         """
         path = self.folder / "evidence.safetensors"
         about = {
             "dictionary": weights_hash(self.dictionary),
             "cache": self.cache.manifest.get("fingerprint"),
             "hookpoint": self.hookpoint,
+            "max_tokens": max_tokens or MOST_TOKENS,
         }
-        found = None if self.unfinished else Evidence.load(path, about)
+        found = Evidence.load(path, about)
         if found is None:
-            found = gather_evidence(self.dictionary, self.cache, self.hookpoint)
-            if not self.unfinished:
+            found = gather_evidence(self.dictionary, self.cache, self.hookpoint, max_tokens or MOST_TOKENS)
+            try:
                 found.save(path, about)
+            except OSError as error:
+                print(f"evidence was not kept, it will be gathered again: {error}", file=sys.stderr)
         return found
 
-    def reading(self) -> Reading:
+    def reading(self, model: str | None = None, max_tokens: int | None = None) -> Reading:
         """The evidence for its latents; loads the language model for its tokenizer and unembedding.
+
+        Args:
+            model: folder or id of the language model, where it is not where the cache was made from;
+                its weights must be the same.
+            max_tokens: as for `evidence`.
 
         Raises:
             InputError: if there is no language model, it cannot be loaded here, or it does not match.
         """
-        language_model = language_model_of(self.cache.manifest, self.dictionary.device)
+        try:
+            language_model = language_model_of(self.cache.manifest, self.dictionary.device, model)
+        except InputError as error:
+            if model is not None or self.model is None:
+                raise
+            raise InputError(
+                f"the language model of {self.folder}, {self.model}, is not at hand; if it has moved, give"
+                f" --model FOLDER to scripts/inspect_features.py. ({error})"
+            ) from error
         token_ids = token_ids_of(self.cache)
-        return Reading(self.dictionary, self.hookpoint, self.evidence(), token_ids, language_model)
+        evidence = self.evidence(max_tokens)
+        return Reading(self.dictionary, self.hookpoint, evidence, token_ids, language_model)
 
 
 def open_run(folder: str | Path, device: str | None = None) -> Run:
@@ -175,12 +203,12 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
     cache = ActivationCache(at)
     hookpoint = data.get("hookpoint") or cache.hookpoints[0]
     unfinished = None
-    if (folder / "dictionary" / "config.json").is_file():
+    trained = (folder / "dictionary" / "config.json").is_file()
+    if read_metrics(folder).get("finished") and trained:
         dictionary = load_dictionary(folder)
-        metrics = read_metrics(folder)
-        if not metrics.get("finished"):
-            step = metrics.get("steps", 0)
-            unfinished = f"This run is unfinished: its scores are those of step {step:,}."
+    elif trained and not (folder / "checkpoints" / "last.ckpt").is_file():
+        dictionary = load_dictionary(folder)
+        unfinished = "This run is unfinished: its dictionary was trained, but not yet scored."
     else:
         dictionary, step = _dictionary_of_checkpoint(folder, config, cache.d_model(hookpoint))
         unfinished = f"This run is unfinished: what follows is its checkpoint at step {step:,}."
@@ -223,6 +251,10 @@ def summary(folder: Path) -> str:
         lines.append(
             f"cross entropy of the model: {metrics['ce_clean']:.4f} nats a token as it is,"
             f" {metrics['ce_mean_ablated']:.4f} with the mean in place of these activations"
+        )
+        error = _cell(metrics["ce_increase_se"], 0, ".4f")
+        lines.append(
+            f"(on {metrics['ce_tokens']:,} held-out tokens; standard error of the SAE's increase {error})"
         )
     rate = _cell(metrics["tokens_per_s"], 0, ",.0f")
     lines.append(

@@ -42,29 +42,32 @@ def main() -> None:
         metavar="FOLDER",
         help="write the report (default: into the run's folder)",
     )
-    parser.add_argument(
-        "--top", type=int, default=20, help="how many latents to list (with --text: per token)"
-    )
+    parser.add_argument("--top", type=int, help="how many latents to list (20; with --text: 5 per token)")
+    parser.add_argument("--model", metavar="FOLDER", help="the run's language model, where it has moved to")
+    parser.add_argument("--tokens", type=int, help="rows read for evidence, at most (default: 25 million)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     args = parser.parse_args()
-    if args.top < 1:
-        raise InputError(f"`--top` must be at least 1, got {args.top}.")
-    run = open_run(args.run)
+    for name in ("top", "tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
+    run = open_run(args.run, args.device)
     if run.unfinished:
         print(f"{run.unfinished}\n")
-    reading = run.reading()
+    if args.report is not None:
+        print(f"open {report_run(run, model=args.model, folder=Path(args.report or run.folder / 'report'))}")
+        return
+    reading = run.reading(args.model, args.tokens)
     text = reading.text
     if args.latent is not None:
         reading.check_latent(args.latent)
         reading.measure_ablations([args.latent])
         print(latent_page(reading.latent(args.latent), text))
     elif args.token is not None:
-        print(token_tables(reading, text.token_id(args.token), args.top))
+        print(token_tables(reading, text.token_id(args.token), args.top or 20))
     elif args.text is not None:
-        print(text_table(reading, reading.on_text(args.text, min(args.top, 5))))
-    elif args.report is not None:
-        print(f"open {report_run(run, reading, Path(args.report) if args.report else None)}")
+        print(text_table(reading, reading.on_text(args.text, args.top or 5)))
     else:
-        print(latent_table(reading.clearest(args.top), text))
+        print(latent_table(reading.clearest(args.top or 20), text))
 
 
 if __name__ == "__main__":

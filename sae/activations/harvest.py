@@ -31,6 +31,7 @@ from sae.activations.language_model import (
     LanguageModel,
     check_model_in_reach,
     load_language_model,
+    vocabulary_hash,
     weights_hash,
 )
 from sae.activations.packing import PackedTokens, pack
@@ -94,6 +95,7 @@ class _Harvest:
         self.source = source
         self.folder = folder
         self.model = language_model.model
+        self.tokenizer = language_model.tokenizer
         self.token_ids = torch.cat([split.token_ids for split in splits])
         self.document_ids = torch.cat([split.document_ids for split in splits])
         self.n_train = len(splits[0].token_ids)
@@ -188,6 +190,7 @@ class _Harvest:
             "model": self.source.model,
             "model_hash": model_hash,
             "tokenizer": self.source.model,
+            "vocabulary_hash": vocabulary_hash(self.tokenizer),
             "dataset": self.source.dataset,
             "tokens_hash": tokens_hash,
             "fingerprint": checksum(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,26 +77,35 @@ def check_model_in_reach(name: str) -> None:
         raise _cannot_load(name, why)
 
 
-def language_model_of(manifest: Mapping[str, Any], device: str | torch.device = "cpu") -> LanguageModel:
+def language_model_of(
+    manifest: Mapping[str, Any], device: str | torch.device = "cpu", elsewhere: str | None = None
+) -> LanguageModel:
     """The language model that a cache was made with.
 
     Args:
         manifest: of the cache.
         device: where to put it.
+        elsewhere: folder or id to load it from; None = the name in the manifest.
 
     Raises:
-        InputError: if the cache's rows were imported, or the model cannot be loaded here or has other
-            weights than the cache was made with.
+        InputError: if the cache's rows were imported, or the model cannot be loaded here, or has other
+            weights or another vocabulary than the cache was made with.
     """
     name = manifest.get("model")
     if name is None:
         raise InputError(
             "the rows of the cache were imported; no language model and no tokens belong to them."
         )
+    name = elsewhere or name
     language_model = load_language_model(name, device)
     if weights_hash(language_model.model) != manifest["model_hash"]:
         raise InputError(
             f"the weights of {name} are not those that the cache was made with; harvest it again."
+        )
+    known = manifest.get("vocabulary_hash")  # caches of earlier versions have none
+    if known is not None and vocabulary_hash(language_model.tokenizer) != known:
+        raise InputError(
+            f"the tokenizer of {name} has another vocabulary than the cache was made with; harvest it again."
         )
     return language_model
 
@@ -106,6 +116,13 @@ def weights_hash(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all tokens with their numbers."""
+    pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    digest = hashlib.sha256(json.dumps(pairs).encode())
     return f"sha256:{digest.hexdigest()[:32]}"
 
 

@@ -20,8 +20,8 @@ from sae.errors import InputError
 Replacement = Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, "rows d_model"]]
 """What goes in place of rows of the residual stream; float32 in, any float dtype out."""
 
-LOGITS_AT_ONCE = 2**26
-"""Logits of one forward pass (256 MB as float32); sets how many contexts run together."""
+LOGITS_AT_ONCE = 2**24
+"""Logits of one forward pass (64 MB as float32); sets how many contexts run together."""
 
 
 class ModelLoss(NamedTuple):

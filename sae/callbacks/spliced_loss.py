@@ -73,8 +73,11 @@ class SplicedLoss(lightning.Callback):
         for callback in trainer.callbacks:  # pyright: ignore
             if isinstance(callback, BaselineCallback):
                 replacements[callback.name] = callback.reconstruct
+        try:
+            self._clean, self._losses = model_losses(model, data.hookpoint, token_ids, replacements)
+        except (InputError, torch.OutOfMemoryError) as error:  # no reason to lose the scores of a training
+            print(f"Cross entropy was not measured: {str(error).splitlines()[0]}", file=sys.stderr)
         self._tokens = token_ids.numel()
-        self._clean, self._losses = model_losses(model, data.hookpoint, token_ids, replacements)
 
 
 def _reconstruct(dictionary: Dictionary) -> Callable[[Tensor], Tensor]:

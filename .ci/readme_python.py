@@ -1,6 +1,6 @@
 """Runs the README's Python, block after block, in the folder of its quickstart.
 
-    python .ci/readme_python.py
+python .ci/readme_python.py
 """
 
 from __future__ import annotations

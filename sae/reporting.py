@@ -26,7 +26,7 @@ from sae.inspection.report import ReportFacts, check_report_folder, report_sourc
 from sae.ops.geometry import nearest_neighbour_cosines
 from sae.runs import Run, read_config, read_metrics
 
-ABLATED = 24
+ABLATED = 16
 """Latents of which the measured effect is shown: so many of the clearest, and so many by chance."""
 
 COMPARED = (

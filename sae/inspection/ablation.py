@@ -17,6 +17,8 @@ from sae.activations.model_loss import LOGITS_AT_ONCE
 from sae.dictionaries import Dictionary
 from sae.inspection.latent import Ablation
 
+RANDOM_DIRECTIONS = 4
+"""Random directions subtracted instead of each latent's; scores of single ones scatter widely."""
 _SHOWN = 10
 
 
@@ -32,7 +34,7 @@ def measure_ablations(
 
     The error of the reconstruction is kept: x becomes x - z_i d_i at every token of the context, and
     the prediction is read at the firing in question. Changes of logits are taken relative to the
-    vocabulary's mean. As a null, one random direction of the same length is subtracted at the same tokens.
+    vocabulary's mean. As a null, random directions of the same length are subtracted at the same tokens.
 
     Args:
         model: with a causal head.
@@ -46,10 +48,10 @@ def measure_ablations(
     """
     jobs = [(latent, *place) for latent, places in firings.items() for place in places]
     numbers = {latent: i for i, latent in enumerate(firings)}
-    random = torch.randn(len(firings), dictionary.d_model, generator=torch.Generator().manual_seed(0))
-    random = F.normalize(random, dim=-1)  # one for each latent
+    shape = (RANDOM_DIRECTIONS, len(firings), dictionary.d_model)
+    random = F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
     sums: dict[int, Tensor] = {}
-    divergences: dict[int, list[tuple[float, float]]] = {}
+    divergences: dict[int, list[list[float]]] = {}
     head = causal_head(model)
     assert head is not None, "the model predicts no next token"
     vocabulary = len(next(head.parameters()))
@@ -57,18 +59,18 @@ def measure_ablations(
     chunks = [jobs[i : i + at_once] for i in range(0, len(jobs), at_once)]
     for chunk in tqdm(chunks, desc="ablations", unit=" batches", leave=False):
         latents, sequences, positions = (torch.tensor(column) for column in zip(*chunk, strict=True))
-        of_random = random[[numbers[latent] for latent in latents.tolist()]]
+        of_random = random[:, [numbers[latent] for latent in latents.tolist()]]
         of_latents = dictionary.directions[latents.to(dictionary.device)]
-        clean, ablated, null = (
+        clean, *changed = (
             _next_token_logits(model, hookpoint, dictionary, token_ids[sequences], positions, latents, remove)
-            for remove in (None, of_latents, of_random)
+            for remove in (None, of_latents, *of_random)
         )
-        changes = torch.stack([clean - ablated, clean - null], dim=1)
+        changes = torch.stack([clean - logits for logits in changed], dim=1)
         changes -= changes.mean(-1, keepdim=True)
         for row, (latent, _, _) in enumerate(chunk):
             sums[latent] = sums[latent] + changes[row] if latent in sums else changes[row].clone()
-            pair = (_kl(clean[row], ablated[row]), _kl(clean[row], null[row]))
-            divergences.setdefault(latent, []).append(pair)
+            kls = [_kl(clean[row], logits[row]) for logits in changed]
+            divergences.setdefault(latent, []).append(kls)
     return {latent: _ablation(sums[latent], divergences[latent]) for latent in sums}
 
 
@@ -105,16 +107,16 @@ def _kl(clean: Tensor, changed: Tensor) -> float:
     return float((p.exp() * (p - q)).sum())
 
 
-def _ablation(total: Float[Tensor, "two vocabulary"], divergences: list[tuple[float, float]]) -> Ablation:
-    mean, random = total / len(divergences)
-    raised, lowered = (mean * sign for sign in (1, -1))
+def _ablation(total: Float[Tensor, "changes vocabulary"], divergences: list[list[float]]) -> Ablation:
+    """From sums of the change of logits and KLs per firing; the latent's own first, then random ones."""
+    mean, *random = total / len(divergences)
     count = min(_SHOWN, len(mean))
-    kl, random_kl = (sum(column) / len(divergences) for column in zip(*divergences, strict=True))
+    kl, *random_kls = torch.tensor(divergences).mean(0).tolist()
     return Ablation(
-        raised=[(int(t), float(mean[t])) for t in raised.topk(count).indices],
-        lowered=[(int(t), float(mean[t])) for t in lowered.topk(count).indices],
+        raised=[(int(t), float(mean[t])) for t in mean.topk(count).indices],
+        lowered=[(int(t), float(mean[t])) for t in (-mean).topk(count).indices],
         kl=kl,
-        random_kl=random_kl,
-        random_change=float(random.max()),
+        random_kl=sum(random_kls) / len(random_kls),
+        random_change=sum(float(change.max()) for change in random) / len(random),
         positions=len(divergences),
     )

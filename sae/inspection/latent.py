@@ -85,9 +85,9 @@ class Ablation(NamedTuple):
     kl: float
     """Mean KL divergence (nats) from the clean next-token distribution at these positions."""
     random_kl: float
-    """The same when a random direction of equal length is subtracted instead."""
+    """The same when random directions of equal length are subtracted instead, mean of four."""
     random_change: float
-    """The largest mean loss of logit then: what chance gives beside `raised` and, negated, `lowered`."""
+    """Their largest mean loss of logit, mean of four: chance beside `raised` and, negated, `lowered`."""
     positions: int
     """Firings measured."""
 

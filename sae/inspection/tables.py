@@ -48,9 +48,9 @@ def latent_page(reading: LatentReading, text: Callable[[int], str]) -> str:
         a = reading.ablation
         changes = "  ".join(f"{text(token)} {change:+.2f}" for token, change in a.raised[:6])
         lines += [
-            f"\nwithout it, at {a.positions} of its strongest firings: KL {a.kl:.3g} nats (a random"
-            f" direction of its length: {a.random_kl:.3g})",
-            f"  logits it had raised: {changes}   (random direction's largest: {a.random_change:+.2f})",
+            f"\nwithout it, at {a.positions} of its strongest firings: KL {a.kl:.3g} nats (random"
+            f" directions of its length: {a.random_kl:.3g})",
+            f"  logits it had raised: {changes}   (random directions' largest: {a.random_change:+.2f})",
         ]
     for title, contexts in (
         ("strongest contexts", reading.top_contexts[:6]),

@@ -534,8 +534,8 @@ def test_ablation_stands_beside_a_random_direction(opened, small_report):
     page = opened(small_report, "#latent/11")
     page.get_by_text("Set to zero at its 6 strongest firings, the model").wait_for()
     promoted, suppressed = page.locator(".card tfoot").all_inner_texts()[-2:]
-    assert promoted.split() == ["random", "direction", "0.125"]
-    assert suppressed.split() == ["random", "direction", "\u22120.125"]
+    assert promoted.split() == ["random", "directions", "0.125"]
+    assert suppressed.split() == ["random", "directions", "\u22120.125"]
 
 
 def test_dead_and_rare_latents_are_called_so(opened, small_report):

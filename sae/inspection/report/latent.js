@@ -86,8 +86,8 @@ const outputCards = (page) => [
 function ablation({ raised, lowered, kl, random_kl, random_change, positions }) {
   const changes = (title, hint, list, sign) => {
     const rows = list.map(([t, value]) => [token(t), figure(value)]);
-    const chance = ["random direction", random_change === null ? "–" : figure(sign * random_change)];
-    return card(title, hint, ["token", "logit"], rows, chance, "Largest change of a logit when one random direction of equal length is subtracted instead");
+    const chance = ["random directions", random_change === null ? "–" : figure(sign * random_change)];
+    return card(title, hint, ["token", "logit"], rows, chance, "Largest change of a logit when random directions of equal length are subtracted instead, mean of four");
   };
   const where = positions === 1 ? "at its strongest firing" : `at its ${whole(positions)} strongest firings`;
   return h(
@@ -95,7 +95,7 @@ function ablation({ raised, lowered, kl, random_kl, random_change, positions }) 
     {},
     h("h2", {}, "Measured by ablation"),
     h("p", {}, `Set to zero ${where}, the model's next-token distribution moves by `,
-      h("b", {}, `${figure(kl)} nats`), ` (KL); subtracting a random direction of equal length moves it by ${figure(random_kl)} nats.`),
+      h("b", {}, `${figure(kl)} nats`), ` (KL); subtracting random directions of equal length moves it by ${figure(random_kl)} nats.`),
     h("div", { class: "cards" },
       changes("Promoted", "Logit lost without it", raised, 1),
       changes("Suppressed", "Logit gained without it", lowered, -1)),

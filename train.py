@@ -60,7 +60,7 @@ def report(folder: Path) -> None:
         except InputError as error:  # a cache may be trained on where its language model is not
             print(f"Latents were not read: {error}")
         else:
-            print(f"The clearest latents at {run.hookpoint} of {run.model}:")
+            print(f"The clearest latents at {run.hookpoint} of {run.model}, one for each token:")
             print(latent_table(reading.clearest(20), reading.text))
         page = folder / "report" / "index.html"
         print(f"\nopen {page if is_reported(run) else report_run(run, reading)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import os
 import re
 import sys
 import warnings
@@ -288,6 +289,9 @@ def exit_on_input_error(command: Callable[[], None]) -> None:
         if getattr(rank_zero_only, "rank", None) in (None, 0):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has enough of it, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from what is finished.", file=sys.stderr)
         sys.exit(130)

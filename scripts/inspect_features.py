@@ -67,6 +67,7 @@ def main() -> None:
     elif args.text is not None:
         print(text_table(reading, reading.on_text(args.text, args.top or 5)))
     else:
+        print("the clearest latents, one for each token (the report lists all):")
         print(latent_table(reading.clearest(args.top or 20), text))
 
 

@@ -63,7 +63,7 @@ def test_the_run_has_a_report_evidence_and_losses(run):
 
 
 def test_the_clearest_latents(run, ask):
-    lines = ask(run, "--top", 3).splitlines()
+    _, *lines = ask(run, "--top", 3).splitlines()
     assert lines[0].split()[:3] == ["latent", "density", "clarity"] and 2 <= len(lines) <= 4
 
 

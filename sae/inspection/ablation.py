@@ -47,9 +47,7 @@ def measure_ablations(
         latent -> what was measured; latents without firings are left out.
     """
     jobs = [(latent, *place) for latent, places in firings.items() for place in places]
-    numbers = {latent: i for i, latent in enumerate(firings)}
-    shape = (RANDOM_DIRECTIONS, len(firings), dictionary.d_model)
-    random = F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+    random = {latent: _random_directions(latent, dictionary.d_model) for latent in firings}
     sums: dict[int, Tensor] = {}
     divergences: dict[int, list[list[float]]] = {}
     head = causal_head(model)
@@ -59,7 +57,7 @@ def measure_ablations(
     chunks = [jobs[i : i + at_once] for i in range(0, len(jobs), at_once)]
     for chunk in tqdm(chunks, desc="ablations", unit=" batches", leave=False):
         latents, sequences, positions = (torch.tensor(column) for column in zip(*chunk, strict=True))
-        of_random = random[:, [numbers[latent] for latent in latents.tolist()]]
+        of_random = torch.stack([random[latent] for latent in latents.tolist()], dim=1)
         of_latents = dictionary.directions[latents.to(dictionary.device)]
         clean, *changed = (
             _next_token_logits(model, hookpoint, dictionary, token_ids[sequences], positions, latents, remove)
@@ -72,6 +70,12 @@ def measure_ablations(
             kls = [_kl(clean[row], logits[row]) for logits in changed]
             divergences.setdefault(latent, []).append(kls)
     return {latent: _ablation(sums[latent], divergences[latent]) for latent in sums}
+
+
+def _random_directions(latent: int, d_model: int) -> Float[Tensor, "draws d_model"]:
+    """Always the same ones for a latent, whatever else is measured with it."""
+    generator = torch.Generator().manual_seed(latent)
+    return F.normalize(torch.randn(RANDOM_DIRECTIONS, d_model, generator=generator), dim=-1)
 
 
 def _next_token_logits(

@@ -224,7 +224,8 @@ class Reading:
                 trained on.
         """
         tokenizer = self._model.tokenizer
-        ids = [separator_id(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [separator_id(tokenizer), *tokens]
         context = self._token_ids.shape[1]
         if len(ids) == 1:
             raise InputError(f"`text` must have at least one token, got {text!r}.")

@@ -90,7 +90,9 @@ def text_table(reading: Reading, found: TextReading) -> str:
 
 
 def _most_telling(tops: list[InputToken], reading: Reading) -> str:
-    return f"{reading.text(tops[0].token)} {tops[0].share:.0%}" if tops else "never fired in the cache"
+    if not tops:
+        return "never fired in the cache"
+    return f"{reading.text(tops[0].token)} {tops[0].share:.0%}" if tops[0].share >= 0.05 else "no one token"
 
 
 def _inputs(title: str, tokens: list[InputToken], null: float, text: Callable[[int], str]) -> list[str]:

@@ -42,3 +42,17 @@ def test_ablation_is_what_the_splice_computes(tiny_model, monkeypatch, logits_at
                 (-(-change).topk(10).values).tolist(), abs=1e-4
             )
             assert result.random_kl > 0 and result.random_change > 0
+
+
+def test_the_null_of_a_latent_does_not_depend_on_what_is_measured_with_it(tiny_model):
+    model = load_language_model(str(tiny_model)).model
+    dictionary = sae.TopK(16, 40, 5).requires_grad_(False)
+    ids = torch.randint(0, 50, (4, 12))
+    with sae.splice(model, "resid.2", dictionary) as s, torch.no_grad():
+        model(input_ids=ids)
+    jobs = {latent: [(q, p)] for q, p, latent in (s.latents > 0).nonzero()[::7].tolist()}
+    together = measure_ablations(model, "resid.2", dictionary, ids, jobs)
+    for latent, places in jobs.items():
+        alone = measure_ablations(model, "resid.2", dictionary, ids, {latent: places})[latent]
+        assert alone.random_kl == pytest.approx(together[latent].random_kl, rel=1e-3)
+        assert alone.random_change == pytest.approx(together[latent].random_change, rel=1e-3)

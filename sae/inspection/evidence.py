@@ -34,6 +34,7 @@ WINDOW = 48
 TOP = 12
 SAMPLED = 12
 MOST_TOKENS = 25_000_000
+"""Rows that evidence is gathered from unless told otherwise, at most."""
 _NULL_SAMPLE = 65_536  # rows that the random directions' thresholds are set on
 
 

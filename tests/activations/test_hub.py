@@ -78,6 +78,7 @@ def test_data_set_that_is_gated_says_where_to_accept_its_licence(online):
 def test_slow_or_ailing_networks_are_left_to_the_libraries_own_patience(online, error):
     online.error = error
     check_model_in_reach("owner/name")
+    assert len(online.asked) == 1
 
 
 def test_one_refusal_may_be_an_accident(online, monkeypatch):

@@ -6,7 +6,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -46,6 +46,12 @@ class SparseLatents(NamedTuple):
         kept = self.values != 0
         ends = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])[self.row_offsets]
         return SparseLatents(self.values[kept], self.indices[kept], ends)
+
+    def spread(self, present: Bool[Tensor, " all_rows"]) -> SparseLatents:
+        """The same code among rows that were not coded: row i becomes the i-th one where `present`."""
+        lengths = self.row_offsets.new_zeros(len(present))
+        lengths[present] = self.row_offsets.diff()
+        return self._replace(row_offsets=F.pad(lengths.cumsum(0), (1, 0)))
 
     def to_dense(self, n_latents: int) -> Float[Tensor, "rows n_latents"]:
         """The code as a matrix."""

@@ -107,6 +107,15 @@ def test_no_tensor_of_entries_times_width_is_made(weights):
     assert (rows * k, d) not in shapes.shapes
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_code_spread_among_rows_that_were_not_coded_has_nothing_there(share):
+    dense = torch.rand(20, N) * (torch.rand(20, N) < 0.3)
+    present = torch.rand(20) < share
+    spread = from_dense(dense[present]).spread(present)
+    assert spread.n_rows == 20
+    assert torch.equal(spread.to_dense(N), dense * present[:, None])
+
+
 class _ShapeLog(torch.utils._python_dispatch.TorchDispatchMode):
     """Notes the shape of every dense tensor that an operation returns."""
 

@@ -1,0 +1,30 @@
+"""Which of several processes this one is, as torchrun or srun have started it."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class Ranks(NamedTuple):
+    """One process of several that do a work together."""
+
+    rank: int = 0
+    world: int = 1
+
+
+ALONE = Ranks()
+
+
+def launched_ranks() -> Ranks:
+    """The rank and the number of processes that torchrun or srun started; alone otherwise.
+
+    Lightning's own launcher starts its further processes after the first one has made the cache, so they
+    count as alone. A batch script's `--ntasks` starts nothing by itself: only inside an srun step are
+    there several.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_PROCID" in os.environ:
+        return Ranks(int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"]))
+    return ALONE

@@ -5,29 +5,49 @@ from __future__ import annotations
 import glob
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from sae.activations.demo_text import demo_documents
 from sae.activations.hub import is_hub_id, reason, why_out_of_reach
 from sae.errors import InputError
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+class TokenStream(NamedTuple):
+    """The token ids of many documents laid end to end, each behind a separator token."""
+
+    ids: np.ndarray
+
+
+Document = str | np.ndarray | TokenStream
+"""Text, the token ids of one (a 1-D array of integers), or those of many."""
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy", ".safetensors")
+ID_COLUMNS = ("input_ids", "tokens")
+COLUMNS = ("text", *ID_COLUMNS)  # the first that is there counts
+ID_TENSORS = ("token_ids", "input_ids")
 DOCUMENT_END = "<|endoftext|>"
 SHORTEST_CUT = 2_000  # characters
+ROWS_AT_ONCE = 1024  # of a .parquet file
+_WANTED = "a `text` string, or `input_ids` or `tokens` of integers"
 
 
-def read_documents(dataset: str) -> Iterator[str]:
+def read_documents(dataset: str) -> Iterator[Document]:
     """The documents of a data set, in a fixed order, read one at a time, the first one at once.
 
-    So a text that cannot be had is found before a language model is loaded for it.
+    So a text that cannot be had is found before a language model is loaded for it. Arrays of token ids
+    are views of the mapped file wherever the format allows: a long one is not read as a whole.
 
     Args:
-        dataset: `demo`; or a local .txt, .jsonl or .parquet file, or a glob of them; or the id of a
-            Hugging Face data set, streamed (`id` or `id:config`, split `train`). In a .txt file lines
-            of `<|endoftext|>` separate documents; a file without them is cut at blank lines into
-            documents of at least 2,000 characters. .jsonl and .parquet have a `text` column.
+        dataset: `demo`; or a local file, or a glob of them; or the id of a Hugging Face data set,
+            streamed (`id` or `id:config`, split `train`). In a .txt file lines of `<|endoftext|>`
+            separate documents; a file without them is cut at blank lines into documents of at least
+            2,000 characters. .jsonl, .parquet and data sets of the hub have a `text` column, or for
+            text that is tokenised already `input_ids` or `tokens`, a list of integers per document. A
+            .npy array, or the tensor `token_ids` or `input_ids` of a .safetensors file, holds token ids:
+            a document per row where it has two dimensions, one document where it has one.
 
     Raises:
         InputError: if there is nothing to read; in the course of reading, if a file cannot be read.
@@ -37,28 +57,30 @@ def read_documents(dataset: str) -> Iterator[str]:
     return itertools.chain(first, documents)
 
 
-def _open(dataset: str) -> Iterator[str]:
+def _open(dataset: str) -> Iterator[Document]:
     if dataset == "demo":
         return (document.text for document in demo_documents("demo"))
     paths = sorted(Path(name) for name in glob.glob(dataset, recursive=True))
     if paths:
         return _read_files(paths)
-    if dataset.endswith(TEXT_SUFFIXES) or dataset.startswith(("/", "./", "../", "~")) or "*" in dataset:
+    if dataset.endswith(SUFFIXES) or dataset.startswith(("/", "./", "../", "~")) or "*" in dataset:
         raise InputError(f"`dataset`: no file matches {dataset!r}; give a path that exists, or `demo`.")
     return _stream_from_hub(dataset)
 
 
-def _read_files(paths: list[Path]) -> Iterator[str]:
+def _read_files(paths: list[Path]) -> Iterator[Document]:
+    readers = {
+        ".txt": _split_text,
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+        ".npy": _read_npy,
+        ".safetensors": _read_safetensors,
+    }
     for path in paths:
-        if path.suffix not in TEXT_SUFFIXES:
-            raise InputError(f"`dataset`: {path} is not one of {', '.join(TEXT_SUFFIXES)}.")
+        if path.suffix not in readers:
+            raise InputError(f"`dataset`: {path} is not one of {', '.join(SUFFIXES)}.")
         try:
-            if path.suffix == ".txt":
-                yield from _split_text(path)
-            elif path.suffix == ".jsonl":
-                yield from _read_jsonl(path)
-            else:
-                yield from _read_parquet(path)
+            yield from readers[path.suffix](path)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"`dataset`: {path} could not be read: {error}.") from error
 
@@ -81,41 +103,103 @@ def _split_text(path: Path) -> Iterator[str]:
     yield "".join(document).strip()
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path) -> Iterator[Document]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                yield _text_of(json.loads(line))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                yield _document_of(json.loads(line))
+            except (json.JSONDecodeError, TypeError) as error:
                 raise InputError(
-                    f"`dataset`: line {number} of {path} is not an object with a `text` string ({error})."
+                    f"`dataset`: line {number} of {path} is not an object with {_WANTED} ({error})."
                 ) from error
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(path: Path) -> Iterator[Document]:
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-            yield from map(_text_of, batch.to_pylist())
-    except (pyarrow.ArrowException, KeyError, TypeError) as error:
-        raise InputError(f"`dataset`: {path} has no readable `text` column ({error}).") from error
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        column = next((name for name in COLUMNS if name in names), None)
+        if column is None:
+            raise TypeError(_columns_found(names))
+        batches = file.iter_batches(ROWS_AT_ONCE, columns=[column])
+        values = itertools.chain.from_iterable(batch.column(0) for batch in batches)
+        for number, value in enumerate(values, start=1):
+            try:
+                document = _document_of({column: _from_arrow(value)})
+            except TypeError as error:
+                raise TypeError(f"row {number:,}: {error}") from error
+            yield document
+    except (pyarrow.ArrowException, TypeError) as error:
+        raise InputError(f"`dataset`: {path} has no readable column of {_WANTED} ({error}).") from error
 
 
-def _stream_from_hub(dataset: str) -> Iterator[str]:
+def _from_arrow(value: Any) -> Any:
+    values = getattr(value, "values", None)  # of a list: an array, without making Python integers
+    return value.as_py() if values is None else values.to_numpy(zero_copy_only=False)
+
+
+def _read_npy(path: Path) -> Iterator[Document]:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"`dataset`: {path} is no .npy array of numbers ({error}).") from error
+    return _documents_of(np.asarray(array), f"the array of {path}")
+
+
+def _read_safetensors(path: Path) -> Iterator[Document]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            name = next((name for name in ID_TENSORS if name in names), None)
+            if name is None:
+                raise InputError(
+                    f"`dataset`: {path} has no tensor `token_ids` or `input_ids`, but"
+                    f" {', '.join(names)[:80] or 'none'}."
+                )
+            tensor = file.get_tensor(name)  # a view of the mapped file
+    except SafetensorError as error:
+        raise InputError(f"`dataset`: {path} is no readable .safetensors file ({error}).") from error
+    where = f"`{name}` of {path}"
+    if tensor.is_floating_point() or tensor.is_complex():  # numpy lacks some of these types
+        raise _no_token_ids(where, tensor.ndim, str(tensor.dtype).removeprefix("torch."))
+    return _documents_of(tensor.numpy(), where)
+
+
+def _documents_of(array: np.ndarray, where: str) -> Iterator[Document]:
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        raise _no_token_ids(where, array.ndim, array.dtype.name)
+    return iter(array) if array.ndim == 2 else iter([TokenStream(array)])
+
+
+def _no_token_ids(where: str, ndim: int, dtype: str) -> InputError:
+    return InputError(
+        f"`dataset`: {where} must be token ids, integers of one or two dimensions; it has {ndim} dimensions"
+        f" of {dtype}."
+    )
+
+
+def _stream_from_hub(dataset: str) -> Iterator[Document]:
     from datasets import load_dataset
 
     name, _, config = dataset.partition(":")
+    number = 0
     try:
         why = why_out_of_reach(name, "dataset") if is_hub_id(name) else "there is no such file"
         if why is not None:
             raise _cannot_read(dataset, why)
-        for row in load_dataset(name, config or None, split="train", streaming=True):
-            if "text" not in row:
-                raise _cannot_read(dataset, f"it has no `text` column, but {', '.join(row)[:80]}")
-            yield _text_of(row)
+        rows = load_dataset(name, config or None, split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            try:
+                document = _document_of(row)
+            except TypeError as error:
+                raise _cannot_read(dataset, f"row {number:,} has not {_WANTED} ({error})") from error
+            yield document
     except InputError:
         raise
     except Exception as error:  # the hub's client raises dozens of kinds; all end the reading
@@ -124,16 +208,45 @@ def _stream_from_hub(dataset: str) -> Iterator[str]:
 
 def _cannot_read(dataset: str, why: str) -> InputError:
     return InputError(
-        f"`dataset` {dataset!r} could not be read: {why}. Give local .txt, .jsonl or .parquet files"
+        f"`dataset` {dataset!r} could not be read: {why}. Give local {', '.join(SUFFIXES)} files"
         " (--data.source.dataset 'texts/*.jsonl'), `demo`, or another Hugging Face id."
     )
 
 
-def _text_of(row: dict[str, Any]) -> str:
-    """The `text` of a row: a missing value counts as empty, halves of surrogate pairs are replaced."""
-    text = row["text"]
+def _document_of(row: Any) -> Document:
+    """The document of a row of a table; raises `TypeError` that says what was found in its place."""
+    if not isinstance(row, Mapping):
+        raise TypeError(f"it is a {type(row).__name__}")
+    if "text" in row:
+        return _text_of(row["text"])
+    for name in ID_COLUMNS:
+        if name in row:
+            return _ids_of(row[name], name)
+    raise TypeError(_columns_found(list(row)))
+
+
+def _columns_found(names: list[str]) -> str:
+    return f"it has {', '.join(names)[:80]}" if names else "it has nothing"
+
+
+def _text_of(text: Any) -> str:
+    """A missing value counts as empty, halves of surrogate pairs are replaced."""
     if text is None:
         return ""
     if not isinstance(text, str):
         raise TypeError(f"`text` is {type(text).__name__}")
     return text.encode("utf-8", "replace").decode()
+
+
+def _ids_of(values: Any, name: str) -> np.ndarray:
+    """A list of integers as an array; a missing one counts as empty."""
+    try:
+        ids = np.asarray([] if values is None else values)
+    except ValueError as error:  # lists of different lengths
+        raise TypeError(f"`{name}` is not one list of integers") from error
+    if ids.size == 0:
+        return np.empty(0, np.int32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        kinds = {"U": "strings", "f": "fractions or gaps", "O": "mixed values", "b": "booleans"}
+        raise TypeError(f"`{name}` has {ids.ndim} dimensions of {kinds.get(ids.dtype.kind, ids.dtype.name)}")
+    return ids

@@ -38,14 +38,15 @@ def main(args: list[str] | None = None) -> None:
     report(folder)
 
 
-@rank_zero_only
 def prepare(cli: SaeCLI) -> None:
     """Makes the cache where it is missing; only when all is well, discards a run to be started over."""
-    cli.datamodule.prepare_data()
-    cli.datamodule.setup()
-    cli.datamodule.train_dataloader()
-    if cli.config.fresh:
-        discard_run(cli.run_folder)
+    cli.datamodule.prepare_data()  # by all ranks that torchrun or srun started
+    if rank_zero_only.rank == 0:
+        cli.datamodule.setup()
+        cli.datamodule.train_dataloader()
+        cli.datamodule.teardown("fit")
+        if cli.config.fresh:
+            discard_run(cli.run_folder)
 
 
 @rank_zero_only

@@ -13,7 +13,9 @@ import torch
 import yaml
 
 from sae.activations.cache import ActivationCache
-from sae.activations.contexts import token_ids_of
+from sae.activations.cache.format import has_manifest
+from sae.activations.cache.places import place_at
+from sae.activations.contexts import cached_positions, token_ids_of
 from sae.activations.datamodule import cache_folder
 from sae.activations.language_model import language_model_of, weights_hash
 from sae.activations.source import Source
@@ -175,9 +177,9 @@ class Run:
                 f"the language model of {self.folder}, {self.model}, is not at hand; if it has moved, give"
                 f" --model FOLDER to scripts/inspect_features.py. ({error})"
             ) from error
-        token_ids = token_ids_of(self.cache)
+        token_ids, cached = token_ids_of(self.cache), cached_positions(self.cache)
         evidence = self.evidence(max_tokens)
-        return Reading(self.dictionary, self.hookpoint, evidence, token_ids, language_model)
+        return Reading(self.dictionary, self.hookpoint, evidence, token_ids, language_model, cached)
 
 
 def open_run(folder: str | Path, device: str | None = None) -> Run:
@@ -195,7 +197,7 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
     data = config["data"]
     source = Source(**data["source"]) if data.get("source") else None
     at = cache_folder(data.get("cache"), source)
-    if not (at / "manifest.json").is_file():
+    if not has_manifest(place_at(at)):
         raise InputError(
             f"the cache {at} of this run is gone; make it again with `python scripts/cache_activations.py"
             f" --config {folder / 'config.yaml'}`."

@@ -3,13 +3,17 @@
     python scripts/cache_activations.py --config quickstart.yaml
     python scripts/cache_activations.py --config quickstart.yaml --data.source.n_tokens 2_000_000
     python scripts/cache_activations.py --config quickstart.yaml --verify
+    torchrun --nproc-per-node 2 scripts/cache_activations.py --config quickstart.yaml
 
-Takes the same configuration and overrides as train.py. An interrupted harvest is continued.
+Takes the same configuration and overrides as train.py. An interrupted harvest is continued; what a finished
+cache has lost is made again. Under torchrun or srun each rank makes its share.
 """
 
 from __future__ import annotations
 
 import sys
+
+from lightning.pytorch.utilities import rank_zero_only
 
 from sae.activations import ActivationCache
 from sae.cli import SaeCLI, exit_on_input_error
@@ -23,15 +27,15 @@ def main() -> None:
     verify = "--verify" in arguments
     cli = SaeCLI([argument for argument in arguments if argument != "--verify"])
     if verify:
-        cache = ActivationCache(cli.datamodule.folder)
+        cache = ActivationCache(cli.datamodule.location)
         cache.verify()
     else:
         cli.datamodule.prepare_data()
-        cache = ActivationCache(cli.datamodule.folder)
+        cache = ActivationCache(cli.datamodule.location)
     rows = ", ".join(f"{cache.n_rows(split):,} {split.replace('_', '-')}" for split in ("train", "held_out"))
     state = "every checksum is right" if verify else "finished"
-    print(
-        f"{cache.folder}: {rows} rows of {', '.join(cache.hookpoints)}, {cache.manifest['dtype']}; {state}."
+    rank_zero_only(print)(
+        f"{cache.location}: {rows} rows of {', '.join(cache.hookpoints)}, {cache.manifest['dtype']}; {state}."
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +14,8 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors_bytes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -119,6 +124,45 @@ def tiny_cache(tmp_path_factory, tiny_source) -> ActivationCache:
 
 
 @pytest.fixture(scope="session")
+def drop_rows():
+    """Copies a cache without the rows that a mask, (sequences, context), leaves out."""
+
+    def drop(cache, folder, cached) -> ActivationCache:
+        shutil.copytree(cache.location, folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+
+        def rewrite(entry, tensors):
+            data = to_safetensors_bytes(tensors)
+            (folder / entry["file"]).unlink()
+            (folder / entry["file"]).write_bytes(data)
+            entry |= {"bytes": len(data), "checksum": f"sha256:{hashlib.sha256(data).hexdigest()}"}
+
+        for split in manifest["splits"].values():
+            split["rows"] = 0
+        for entry in manifest["shards"]:
+            tensors = load_file(folder / entry["file"])
+            kept = cached[tensors["sequence"].long(), tensors["position"].long()]
+            rewrite(entry, {name: tensor[kept] for name, tensor in tensors.items()})
+            entry["rows"] = int(kept.sum())
+            manifest["splits"][entry["split"]]["rows"] += entry["rows"]
+        for entry in manifest["files"]:
+            if entry["file"] == "sequences.safetensors":
+                rewrite(entry, load_file(folder / entry["file"]) | {"cached": cached.to(torch.uint8)})
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return ActivationCache(folder)
+
+    return drop
+
+
+@pytest.fixture(scope="session")
+def without_first(tmp_path_factory, tiny_cache, drop_rows) -> ActivationCache:
+    """The tiny cache without position 0."""
+    cached = torch.ones(tiny_cache.token_ids.shape, dtype=torch.bool)
+    cached[:, 0] = False
+    return drop_rows(tiny_cache, tmp_path_factory.mktemp("without-first") / "cache", cached)
+
+
+@pytest.fixture(scope="session")
 def write_config(tiny_cache, tiny_source):
     """Writes a whole configuration on the tiny cache, quick to run, into a folder; the run goes beside it."""
 
@@ -127,7 +171,7 @@ def write_config(tiny_cache, tiny_source):
         values = {
             "seed_everything": seed,
             "data": {
-                "cache": str(tiny_cache.folder),
+                "cache": str(tiny_cache.location),
                 "source": {**tiny_source.__dict__},
                 "hookpoint": "resid.1",
                 "batch_size": 128,

@@ -269,7 +269,7 @@ def test_runs_without_any_listed_callback(config, tmp_path):
 
 
 def test_training_from_imported_rows_needs_no_language_model(config, tmp_path, capsys):
-    from sae.activations.imported import import_rows
+    from sae.activations.exchange.imported import import_rows
 
     import_rows(torch.randn(3000, 8), tmp_path / "rows")
     arguments = [f"--data.cache={tmp_path / 'rows'}", "--data.source=null", "--data.hookpoint=null"]

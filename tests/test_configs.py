@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from train import main  # noqa: E402
 
-HARVEST = sys.modules["sae.activations.harvest"]  # the package has its function under the same name
+HARVEST = sys.modules["sae.activations.harvest_begun"]
 ENDS = {"bos_token_id": 256, "eos_token_id": 256}
 
 

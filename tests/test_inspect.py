@@ -15,7 +15,7 @@ from sae.activations.hookpoints import visiting
 from sae.activations.language_model import language_model_of
 from sae.errors import InputError
 from sae.reporting import is_reported, report_run
-from sae.runs import open_run
+from sae.runs import Run, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -153,7 +153,7 @@ def test_losses_are_those_of_the_methods_at_their_l0(run, tiny_cache):
     metrics = json.loads((run / "metrics.json").read_text())
     opened = open_run(run)
     model = language_model_of(tiny_cache.manifest).model
-    ids = held_out_token_ids(tiny_cache)
+    ids = held_out_token_ids(tiny_cache).long()
     moments = tiny_cache.moments("resid.1")
     pca = sae.PCA(16).fit([], moments)
 
@@ -172,6 +172,16 @@ def test_losses_are_those_of_the_methods_at_their_l0(run, tiny_cache):
     assert metrics["ce_spliced"] == pytest.approx(loss(lambda x: opened.dictionary(x).x_hat), abs=1e-4)
     assert metrics["baselines"]["pca"]["ce_spliced"] == pytest.approx(loss(by_pca), abs=1e-4)
     assert metrics["ce_tokens"] == ids.numel()
+
+
+def test_a_reading_knows_which_positions_the_cache_lacks(without_first, tmp_path):
+    dictionary = sae.TopK(16, 4, 4).requires_grad_(False)
+    dictionary.b_enc.fill_(100.0)  # fires at every token
+    reading = Run(tmp_path, dictionary, "resid.1", "tiny", without_first, None).reading()
+    first, *others = reading.on_text("red").latents
+    assert first == [] and all(len(row) == 4 for row in others)
+    assert reading.evidence.rows == without_first.n_rows("train") == 175 * 31
+    assert reading.summary(0).density == 1
 
 
 def _again(folder, *arguments):

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from sae.activations.language_model import find_blocks
 from sae.errors import InputError
 
+Read = Callable[[Int[Tensor, "batch context"]], dict[str, Float[Tensor, "batch context d_model"]]]
+
 
 def hookpoint_names(model: PreTrainedModel) -> list[str]:
     """All hookpoints of a model: `resid.0` (after the embeddings) to `resid.<number of blocks>`."""
@@ -34,32 +36,49 @@ def check_hookpoints(model: PreTrainedModel, hookpoints: list[str]) -> None:
         raise InputError(f"`hookpoints` must name each hookpoint once and at least one, got {hookpoints}.")
 
 
-@torch.inference_mode()
-def residuals(
-    model: PreTrainedModel, input_ids: Int[Tensor, "batch context"], hookpoints: list[str]
-) -> dict[str, Float[Tensor, "batch context d_model"]]:
-    """The residual stream at each hookpoint; blocks after the last one are not run.
+@contextlib.contextmanager
+def reading(model: PreTrainedModel, hookpoints: list[str]) -> Iterator[Read]:
+    """Gives a function from token ids to the residual stream at each hookpoint.
 
     `resid.L` is transformers' `hidden_states[L]`, except that the last one is taken before the final
-    norm. Values keep the model's dtype and device.
+    norm. Values keep the model's dtype and device. Blocks after the last hookpoint are not run. The model
+    is hooked once for all calls, and no longer than the `with`.
 
     Raises:
         InputError: if the model lacks a hookpoint.
     """
     check_hookpoints(model, hookpoints)
     found: dict[str, Tensor] = {}
+    arguments = without_cache(model)
 
     def keep(name: str, x: Tensor) -> None:
         found[name] = x
         if len(found) == len(hookpoints):
             raise _AllFound
 
+    @torch.inference_mode()
+    def read(input_ids: Tensor) -> dict[str, Tensor]:
+        found.clear()
+        with contextlib.suppress(_AllFound):
+            model(input_ids=input_ids.to(model.device, non_blocking=True).long(), **arguments)
+        return {name: found[name] for name in hookpoints}
+
     with contextlib.ExitStack() as stack:
         for name in hookpoints:
             stack.enter_context(visiting(model, name, partial(keep, name)))
-        stack.enter_context(contextlib.suppress(_AllFound))
-        model(input_ids=input_ids.to(model.device), **without_cache(model))
-    return {name: found[name] for name in hookpoints}
+        yield read
+
+
+def residuals(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch context"], hookpoints: list[str]
+) -> dict[str, Float[Tensor, "batch context d_model"]]:
+    """The residual stream of one batch at each hookpoint; see `reading`.
+
+    Raises:
+        InputError: if the model lacks a hookpoint.
+    """
+    with reading(model, hookpoints) as read:
+        return read(input_ids)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -43,18 +43,23 @@ def model_losses(
     hookpoint: str,
     token_ids: Int[Tensor, "sequences context"],
     replacements: Mapping[str, Replacement],
+    cached: Bool[Tensor, "sequences context"] | None = None,
 ) -> tuple[float, dict[str, ModelLoss]]:
     """Cross entropy (nats) of the model as it is, and with each replacement at the hookpoint.
 
     Every token of every context is predicted from those before it in the context, the first excepted;
-    the replacement acts on all positions. Differences are taken per context, so what the contexts share
-    does not blur them.
+    the replacement acts on all positions, or on those that `cached` names. Differences are taken per
+    context, so what the contexts share does not blur them.
 
     Args:
         model: with a causal head.
         hookpoint: where the replacements act.
         token_ids: contexts without padding, at least one, of at least two tokens.
         replacements: name -> what to put in place of x.
+        cached: positions that the replacements act on; the others keep their x, and predictions at them
+            count all the same. For a dictionary that was trained without some positions: nothing is known
+            of its reconstruction there, and at position 0, where many models have a vector of enormous
+            norm that later tokens attend to, a wrong one ruins the whole context. None = all.
 
     Raises:
         InputError: if the model has no causal head or there is nothing to predict.
@@ -69,12 +74,15 @@ def model_losses(
     divergence: dict[str, list[Tensor]] = {name: [] for name in replacements}
     vocabulary = len(next(head.parameters()))
     at_once = max(1, LOGITS_AT_ONCE // (vocabulary * token_ids.shape[1]))
-    for ids in tqdm(token_ids.split(at_once), desc="cross entropy", unit=" batches", leave=False):
-        ids = ids.long().to(model.device)
+    batches = range(0, len(token_ids), at_once)
+    for begin in tqdm(batches, desc="cross entropy", unit=" batches", leave=False):
+        some = slice(begin, begin + at_once)
+        ids = token_ids[some].long().to(model.device)
+        acting = None if cached is None else cached[some]
         of_clean = _log_probs(model, ids)
         clean.append(_cross_entropy(of_clean, ids))
         for name, replacement in replacements.items():
-            with visiting(model, hookpoint, _on_rows(replacement)):
+            with visiting(model, hookpoint, _on_rows(replacement, acting)):
                 of_changed = _log_probs(model, ids)
             changed[name].append(_cross_entropy(of_changed, ids))
             kl = (of_clean.exp() * (of_clean - of_changed)).sum(-1)
@@ -96,10 +104,18 @@ def _cross_entropy(log_probs: Tensor, ids: Tensor) -> Tensor:
     return -log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1).double().mean(-1)
 
 
-def _on_rows(replacement: Replacement) -> Callable[[Tensor], Tensor]:
-    def visit(x: Tensor) -> Tensor:
-        rows = replacement(x.reshape(-1, x.shape[-1]).float())
-        return rows.to(x.device, x.dtype).reshape(x.shape)
+def _on_rows(replacement: Replacement, acting: Tensor | None) -> Callable[[Tensor], Tensor | None]:
+    def visit(x: Tensor) -> Tensor | None:
+        if acting is None:
+            rows = replacement(x.reshape(-1, x.shape[-1]).float())
+            return rows.to(x.device, x.dtype).reshape(x.shape)
+        here = acting.to(x.device)
+        if not here.any():
+            return None
+        changed = x.clone()
+        # Only these rows are handed over: the others may be infinite, and no method was fitted to them.
+        changed[here] = replacement(x[here].float()).to(x.device, x.dtype)
+        return changed
 
     return visit
 

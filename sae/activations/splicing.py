@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sae.activations.first_tokens import FirstTokens, watching_first_tokens
 from sae.activations.hookpoints import visiting
 from sae.activations.language_model import LanguageModel
 from sae.errors import InputError
@@ -77,6 +78,7 @@ def splice(
     scale: Mapping[int, int | float] | None = None,
     clamp: Mapping[int, int | float] | None = None,
     gradients: bool = False,
+    skip_first_position: bool = False,
 ) -> Iterator[Splice]:
     """Replaces the residual stream by its reconstruction, in every forward pass inside the `with`.
 
@@ -90,8 +92,7 @@ def splice(
     hooked, and no longer than the `with`, whatever happens inside.
 
     Args:
-        model: any supported transformers model (or what `sae.load_language_model` gives), in any dtype
-            and on any device.
+        model: any supported transformers model, or what `sae.load_language_model` gives.
         hookpoint: where the dictionary was trained, e.g. `resid.12`.
         dictionary: trained or fitted; what `sae.load` gives. Computes in its own dtype, on its own device.
         keep_error: add back what the dictionary does not reconstruct.
@@ -100,13 +101,15 @@ def splice(
         gradients: make `code.values` a leaf, so that `torch.autograd.grad(loss, s.code.values)`
             attributes the loss to latents, with the error held fixed where it is kept. Without it,
             gradients flow through the latents to the model's inputs and parameters.
+        skip_first_position: the first token of each sequence (in `model.generate`, of the prompt) keeps its
+            residual stream, whatever the edit, and has no latents: for dictionaries trained without it.
 
     Yields:
         A `Splice`, whose `code` and `latents` are those of the last forward pass.
 
     Raises:
-        InputError: if the model lacks the hookpoint, its width is not the dictionary's, a latent is out
-            of range or both scaled and clamped, or a gradient is wanted that the dictionary cannot give.
+        InputError: if the model lacks the hookpoint, its width is not the dictionary's, an edit or a wanted
+            gradient is impossible, or it cannot be told which token is the first.
 
     References:
         Scaling Monosemanticity, Templeton et al. 2024: clamping, and the error kept in place.
@@ -116,25 +119,32 @@ def splice(
         >>> with sae.splice(model, "resid.3", dictionary, clamp={17: 40.0}, keep_error=True) as s:
         ...     steered = model(input_ids).logits  # doctest: +SKIP
     """
-    if isinstance(model, LanguageModel):
-        model = model.model
-    _check_width(model, hookpoint, dictionary)
+    model = model.model if isinstance(model, LanguageModel) else model
+    _check(model, hookpoint, dictionary, gradients)
     edit = _Edit(dictionary, scale or {}, clamp or {})
-    if gradients and not torch.is_grad_enabled():
-        raise InputError("`gradients` needs autograd; leave torch.no_grad() or inference_mode().")
     record = Splice(dictionary.n_latents)
-    with visiting(model, hookpoint, _replacement(dictionary, edit, record, keep_error, gradients)):
-        yield record
+    watching = watching_first_tokens(model) if skip_first_position else contextlib.nullcontext()
+    with watching as first:
+        replace = _replacement(dictionary, edit, record, keep_error, gradients, first)
+        with visiting(model, hookpoint, replace):
+            yield record
 
 
 def _replacement(
-    dictionary: Coder, edit: _Edit, record: Splice, keep_error: bool, gradients: bool
+    dictionary: Coder,
+    edit: _Edit,
+    record: Splice,
+    keep_error: bool,
+    gradients: bool,
+    first: FirstTokens | None,
 ) -> Callable[[Tensor], Tensor]:
     """What goes in place of the residual stream, as a function of it."""
 
     def replace(x: Tensor) -> Tensor:
         own = dictionary.directions
-        rows = x.to(own.device, own.dtype).reshape(-1, dictionary.d_model)
+        flat = x.reshape(-1, dictionary.d_model)
+        acting = None if first is None else ~first(x).flatten()
+        rows = (flat if acting is None else flat[acting]).to(own.device, own.dtype)
         code = dictionary.encode_sparse(rows)
         clean = code
         if gradients:
@@ -142,7 +152,9 @@ def _replacement(
             # the latents, no latent would matter to what comes out.
             clean = code._replace(values=code.values.detach())
             code = clean._replace(values=clean.values.clone().requires_grad_())
-        record._record(code, x.shape[:-1])
+        record._record(code if acting is None else code.spread(acting.to(own.device)), x.shape[:-1])
+        if not len(rows):
+            return x
         new = edit.decode(code)
         if keep_error:
             new = rows + (new - dictionary.decode_sparse(clean))
@@ -151,7 +163,10 @@ def _replacement(
                 f"{type(dictionary).__name__} gives no gradient to its input, and the model asks for one;"
                 " run under torch.no_grad(), or with `keep_error`, which passes it through the error."
             )
-        return new.to(x.device, x.dtype).reshape(x.shape)
+        new = new.to(x.device, x.dtype)
+        if acting is not None:
+            new = flat.index_put((acting,), new)
+        return new.reshape(x.shape)
 
     return replace
 
@@ -193,7 +208,9 @@ class _Edit:
         return x_hat if self._added is None else x_hat + self._added
 
 
-def _check_width(model: PreTrainedModel, hookpoint: str, dictionary: Coder) -> None:
+def _check(model: PreTrainedModel, hookpoint: str, dictionary: Coder, gradients: bool) -> None:
+    if gradients and not torch.is_grad_enabled():
+        raise InputError("`gradients` needs autograd; leave torch.no_grad() or inference_mode().")
     width = model.config.get_text_config().hidden_size
     if width != dictionary.d_model:
         raise InputError(

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from sae.activations import ActivationDataModule
-from sae.activations.contexts import held_out_token_ids
+from sae.activations.contexts import held_out_cached, held_out_token_ids
 from sae.activations.language_model import causal_head, language_model_of
 from sae.activations.model_loss import ModelLoss, Replacement, model_losses
 from sae.callbacks.baselines import BaselineCallback
@@ -28,8 +28,9 @@ class SplicedLoss(lightning.Callback):
     """Cross entropy and KL on held-out documents with each reconstruction in place of the residual stream.
 
     The model as it is, the autoencoder, the mean of the training rows, and every baseline at the
-    autoencoder's own L0. A cache may be trained on where its language model is not: then the figures
-    stay null, and a line says why.
+    autoencoder's own L0. Positions that the cache has no rows of keep the residual stream in all of them.
+    A cache may be trained on where its language model is not: then the figures stay null, and a line says
+    why.
     """
 
     def __init__(self) -> None:
@@ -63,8 +64,9 @@ class SplicedLoss(lightning.Callback):
             return
         if causal_head(model) is None:
             return
-        token_ids = held_out_token_ids(data.cache)
-        token_ids = token_ids[: max(1, MOST_TOKENS // token_ids.shape[1])]
+        token_ids, cached = held_out_token_ids(data.cache), held_out_cached(data.cache)
+        contexts = slice(max(1, MOST_TOKENS // token_ids.shape[1]))
+        token_ids, cached = token_ids[contexts], None if cached is None else cached[contexts]
         mean = data.moments.mean.to(pl_module.device, torch.float32)
         replacements: dict[str, Replacement] = {
             "sae": _reconstruct(pl_module.dictionary),
@@ -74,7 +76,7 @@ class SplicedLoss(lightning.Callback):
             if isinstance(callback, BaselineCallback):
                 replacements[callback.name] = callback.reconstruct
         try:
-            self._clean, self._losses = model_losses(model, data.hookpoint, token_ids, replacements)
+            self._clean, self._losses = model_losses(model, data.hookpoint, token_ids, replacements, cached)
         except (InputError, torch.OutOfMemoryError) as error:  # no reason to lose the scores of a training
             print(f"Cross entropy was not measured: {str(error).splitlines()[0]}", file=sys.stderr)
         self._tokens = token_ids.numel()

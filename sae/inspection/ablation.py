@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from sae.inspection.latent import Ablation
 RANDOM_DIRECTIONS = 4
 """Random directions subtracted instead of each latent's; scores of single ones scatter widely."""
 _SHOWN = 10
+_Change = Callable[[Tensor], Tensor | None]
 
 
 @torch.inference_mode()
@@ -29,12 +30,14 @@ def measure_ablations(
     dictionary: Dictionary,
     token_ids: Int[Tensor, "sequences context"],
     firings: Mapping[int, Sequence[tuple[int, int]]],
+    cached: Bool[Tensor, "sequences context"] | None = None,
 ) -> dict[int, Ablation]:
     """Sets each latent to zero in contexts where it fires, and compares the next-token distributions.
 
-    The error of the reconstruction is kept: x becomes x - z_i d_i at every token of the context, and
-    the prediction is read at the firing in question. Changes of logits are taken relative to the
-    vocabulary's mean. As a null, random directions of the same length are subtracted at the same tokens.
+    The error of the reconstruction is kept: x becomes x - z_i d_i at every token of the context where the
+    latent fires, and the prediction is read at the firing in question. Changes of logits are taken
+    relative to the vocabulary's mean. As a null, random directions of the same length are subtracted at
+    the same tokens.
 
     Args:
         model: with a causal head.
@@ -42,6 +45,7 @@ def measure_ablations(
         dictionary: gives latents and directions.
         token_ids: contexts.
         firings: latent -> (sequence, position) of the firings to measure at.
+        cached: positions where latents can fire, those of the cache's rows; None = all.
 
     Returns:
         latent -> what was measured; latents without firings are left out.
@@ -59,9 +63,13 @@ def measure_ablations(
         latents, sequences, positions = (torch.tensor(column) for column in zip(*chunk, strict=True))
         of_random = torch.stack([random[latent] for latent in latents.tolist()], dim=1)
         of_latents = dictionary.directions[latents.to(dictionary.device)]
+        present = None if cached is None else cached[sequences]
         clean, *changed = (
-            _next_token_logits(model, hookpoint, dictionary, token_ids[sequences], positions, latents, remove)
-            for remove in (None, of_latents, *of_random)
+            _next_token_logits(model, hookpoint, token_ids[sequences], positions, change)
+            for change in (
+                _keep,
+                *(_subtraction(dictionary, latents, d, present) for d in (of_latents, *of_random)),
+            )
         )
         changes = torch.stack([clean - logits for logits in changed], dim=1)
         changes -= changes.mean(-1, keepdim=True)
@@ -79,31 +87,45 @@ def _random_directions(latent: int, d_model: int) -> Float[Tensor, "draws d_mode
 
 
 def _next_token_logits(
-    model: PreTrainedModel,
-    hookpoint: str,
-    dictionary: Dictionary,
-    ids: Tensor,
-    positions: Tensor,
-    latents: Tensor,
-    remove: Float[Tensor, "sequences d_model"] | None,
+    model: PreTrainedModel, hookpoint: str, ids: Tensor, positions: Tensor, change: _Change
 ) -> Float[Tensor, "sequences vocabulary"]:
-    """Logits at one position of each sequence, with activation * `remove` subtracted at every token."""
-
-    def subtract(x: Tensor) -> Tensor | None:
-        if remove is None:
-            return None
-        rows = x.to(dictionary.device, dictionary.directions.dtype).reshape(-1, dictionary.d_model)
-        code = dictionary.encode_sparse(rows)
-        sequence = code.rows // x.shape[1]
-        mine = code.indices == latents.to(code.indices.device)[sequence]
-        activation = rows.new_zeros(len(rows), 1)
-        activation[code.rows[mine], 0] = code.values[mine]
-        along = remove.to(rows).repeat_interleave(x.shape[1], dim=0)
-        return (rows - activation * along).to(x.device, x.dtype).reshape(x.shape)
-
-    with visiting(model, hookpoint, subtract):
-        logits = model(input_ids=ids.to(model.device), **without_cache(model)).logits
+    """Logits at one position of each sequence, with the residual stream changed at the hookpoint."""
+    with visiting(model, hookpoint, change):
+        logits = model(input_ids=ids.long().to(model.device), **without_cache(model)).logits
     return logits[torch.arange(len(ids)), positions].float().cpu()
+
+
+def _keep(_x: Tensor) -> None:
+    """Leaves the residual stream as it is."""
+
+
+def _subtraction(
+    dictionary: Dictionary,
+    latents: Int[Tensor, " sequences"],
+    remove: Float[Tensor, "sequences d_model"],
+    cached: Bool[Tensor, "sequences context"] | None,
+) -> _Change:
+    """Takes activation * `remove` from each sequence at the tokens where its latent fires.
+
+    All other tokens keep their bits. Those that are not cached are not even encoded: the dictionary
+    never saw their like, and what it says of them means nothing.
+    """
+
+    def subtract(x: Tensor) -> Tensor:
+        own = dictionary.directions
+        present = torch.ones(x.shape[:2], dtype=torch.bool) if cached is None else cached
+        sequence, position = present.to(own.device).nonzero(as_tuple=True)
+        rows = x.to(own.device, own.dtype)[sequence, position]
+        code = dictionary.encode_sparse(rows)
+        mine = code.indices == latents.to(own.device)[sequence[code.rows]]
+        here = code.rows[mine]
+        sequence, position = sequence[here], position[here]
+        new = x.clone()
+        less = rows[here] - code.values[mine, None] * remove.to(rows)[sequence]
+        new[sequence.to(x.device), position.to(x.device)] = less.to(x.device, x.dtype)
+        return new
+
+    return subtract
 
 
 def _kl(clean: Tensor, changed: Tensor) -> float:

@@ -43,7 +43,7 @@ class Evidence:
     """What one pass saw of every latent."""
 
     rows: int
-    """Rows (tokens) seen."""
+    """Rows seen: the tokens that the cache has activations of. What follows is of these only."""
     lowest: float
     """Left edge of the histograms, raw units; bin i begins at lowest * 2^(i / BINS_PER_OCTAVE)."""
     firings: Int[Tensor, " n_latents"]
@@ -124,7 +124,7 @@ def gather_evidence(
         dictionary: with latents that are never negative.
         cache: with token ids.
         hookpoint: which of its rows.
-        max_tokens: rows read at most, whole contexts; the first ones on disk, a fair sample.
+        max_tokens: rows read at most, whole contexts, the first ones of `whole_contexts`: a fair sample.
 
     Raises:
         InputError: if the dictionary does not have the width of the rows or has negative latents, or
@@ -132,37 +132,47 @@ def gather_evidence(
     """
     if dictionary.d_model != cache.d_model(hookpoint):
         raise InputError(
-            f"the dictionary has d_model={dictionary.d_model}, the cache {cache.folder} has"
+            f"the dictionary has d_model={dictionary.d_model}, the cache {cache.location} has"
             f" {cache.d_model(hookpoint)} at {hookpoint}; they are not of one run."
         )
     token_ids = token_ids_of(cache)
     context = token_ids.shape[1]
     total = min(cache.n_rows("train"), max(context, max_tokens // context * context))
-    batches = _up_to(total // context, whole_contexts(cache, "train", hookpoint))
+    batches = _up_to(total, whole_contexts(cache, "train", hookpoint))
     first: list[Contexts] = []
-    while sum(len(b.sequence) for b in first) * context < min(total, _NULL_SAMPLE):
-        first.append(next(batches))
+    seen = 0
+    for batch in batches:
+        first.append(batch)
+        seen += int(batch.cached.sum())
+        if seen >= _NULL_SAMPLE:
+            break
     sample = torch.cat([_rows(dictionary, batch) for batch in first])
     gathering = _Gathering(dictionary, sample, total, context, vocabulary=int(token_ids.max()) + 1)
     with tqdm(total=total, desc="evidence", unit=" tokens", unit_scale=True, leave=False) as bar:
         for batch in chain(first, batches):
-            gathering.add(_rows(dictionary, batch), batch)
-            bar.update(batch.token_ids.numel())
+            x = _rows(dictionary, batch)
+            gathering.add(x, batch)
+            bar.update(len(x))
     return gathering.evidence()
 
 
-def _up_to(sequences: int, batches: Iterator[Contexts]) -> Iterator[Contexts]:
-    left = sequences
+def _up_to(rows: int, batches: Iterator[Contexts]) -> Iterator[Contexts]:
+    """The first contexts that have no more rows than these together."""
+    left = rows
     for batch in batches:
-        yield Contexts(*(part[:left] for part in batch))
-        left -= len(batch.sequence)
-        if left <= 0:
+        together = batch.cached.sum(1).cumsum(0)
+        fit = int((together <= left).sum())
+        if fit:
+            yield Contexts(*(part[:fit] for part in batch))
+            left -= int(together[fit - 1])
+        if fit < len(together) or left <= 0:
             return
 
 
 def _rows(dictionary: Dictionary, batch: Contexts) -> Tensor:
+    """Its cached rows. The zeros in place of the others are no activations: latents would fire by bias."""
     own = dictionary.directions
-    return batch.x.reshape(-1, dictionary.d_model).to(own.device, own.dtype)
+    return batch.x[batch.cached].to(own.device, own.dtype)
 
 
 class _Gathering:
@@ -201,18 +211,21 @@ class _Gathering:
         octaves = (code.values.double() / self._lowest).log2() * BINS_PER_OCTAVE
         place = code.indices * bins + octaves.floor().long().clamp(0, bins - 1)
         self._histogram += torch.bincount(place, minlength=n * bins).reshape(n, bins)
-        self._contexts.add(batch.sequence, code)
-        self._count(code, batch.token_ids, *self._counts[:2])
-        self._count(self._null.encode_sparse(x), batch.token_ids, *self._counts[2:])
+        present = batch.cached.flatten().to(x.device)
+        self._contexts.add(batch.sequence, code.spread(present))
+        self._count(code, batch, *self._counts[:2])
+        self._count(self._null.encode_sparse(x), batch, *self._counts[2:])
 
     @staticmethod
-    def _count(code: SparseLatents, ids: Tensor, inputs: TokenCounts, previous: TokenCounts) -> None:
+    def _count(code: SparseLatents, batch: Contexts, inputs: TokenCounts, previous: TokenCounts) -> None:
         rows, latents, values = (t.cpu() for t in (code.rows, code.indices, code.values))
-        text = ids.flatten()
+        text = batch.token_ids[batch.cached]
         inputs.add(text, latents, text[rows], values)
-        later = rows % ids.shape[1] > 0
-        before = text.roll(1)[rows[later]]
-        previous.add(ids[:, :-1].flatten(), latents[later], before, values[later])
+        # The token before a row is text, whether or not it has a row itself.
+        before = batch.token_ids.roll(1, dims=1)[batch.cached]
+        has_before = batch.cached.nonzero()[:, 1] > 0
+        later = has_before[rows]
+        previous.add(before[has_before], latents[later], before[rows[later]], values[later])
 
     def evidence(self) -> Evidence:
         inputs, previous, *of_null = self._counts

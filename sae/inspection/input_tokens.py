@@ -22,7 +22,7 @@ class TokenCounts:
     """Activation and firings of every latent on every token, added batch by batch.
 
     For latent i and token t: share q_i(t) = sum of its activation at t over its whole activation, p(t) =
-    share of the text's tokens that are t, lift = q_i(t) / p(t). Tokens are ranked by q log(q / p), a
+    share of the rows that are of t, lift = q_i(t) / p(t). Tokens are ranked by q log(q / p), a
     token's part in the Kullback-Leibler divergence, so that neither common tokens nor single accidents
     come first. The interval of a lift is Wilson's for the share, at Kish's effective number of firings
     (sum a)^2 / sum a^2, over p; it takes firings as independent, which those of one document are not.
@@ -40,7 +40,7 @@ class TokenCounts:
         self._per_latent = max(1, most_pairs // n_latents)
         self._most_pairs = most_pairs
         self.text = np.zeros(vocabulary, dtype=np.int64)
-        """Rows of the text at each token."""
+        """Rows at each token."""
         # CSR matrices of one pattern, latents by tokens: activation, its square, firings.
         self._sums = [csr_matrix((n_latents, vocabulary)) for _ in range(3)]
         # Of what was pooled, per latent: activation, its square, firings; and how many pairs went in.

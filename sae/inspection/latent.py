@@ -15,7 +15,7 @@ class InputToken(NamedTuple):
     share: float
     """Share of the latent's activation that falls on this token."""
     lift: float
-    """That share over the token's share of the text: 1 = no more than chance."""
+    """That share over the token's share of the rows seen: 1 = no more than chance."""
     lift_low: float
     """Lower end of the 95 % interval of `lift`."""
     lift_high: float
@@ -45,7 +45,7 @@ class LatentSummary(NamedTuple):
     largest: float
     """Largest activation, raw units."""
     clarity: float
-    """1 - H(q) / H(p): q = tokens weighted by its activation, p = the text. 1 = one token, 0 = any."""
+    """1 - H(q) / H(p): q = tokens weighted by its activation, p = all rows. 1 = one token, 0 = any."""
     effective_tokens: float
     """exp(H(q)): on how many kinds of token it fires, as many equally frequent ones would count."""
 
@@ -68,7 +68,7 @@ class Context(NamedTuple):
     """Position of the first token shown within its sequence."""
     tokens: list[int]
     activations: list[float]
-    """One per token, raw units; 0 where the latent did not fire."""
+    """One per token, raw units; 0 where the latent did not fire, or the cache has no row."""
     peak: int
     """Index (into `tokens`) of the firing that this context was chosen for."""
     quantile: float

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae.activations.hookpoints import residuals
@@ -52,6 +52,7 @@ class Reading:
         evidence: Evidence,
         token_ids: Int[Tensor, "sequences context"],
         language_model: LanguageModel,
+        cached: Bool[Tensor, "sequences context"] | None = None,
     ) -> None:
         """Puts together what is known.
 
@@ -61,6 +62,7 @@ class Reading:
             evidence: gathered from a cache with this dictionary.
             token_ids: the contexts of that cache.
             language_model: the one that the cache was made with.
+            cached: at which of these tokens the cache has rows; None = at all.
 
         Raises:
             InputError: if the model has another width than the dictionary, or its tokenizer does not
@@ -71,7 +73,7 @@ class Reading:
         """Shows a token id as a quoted string."""
         self.clarity = clarities(evidence.inputs)
         """Of every latent; 0 where it never fired."""
-        self._token_ids, self._model = token_ids, language_model
+        self._token_ids, self._model, self._cached = token_ids, language_model, cached
         _check_model(dictionary, token_ids, language_model)
         self._entropies = evidence.inputs.entropies()
         self._null = NullDistribution(evidence.null)
@@ -219,6 +221,8 @@ class Reading:
     def on_text(self, text: str, per_token: int = 5) -> TextReading:
         """Runs the model on a text and gives the strongest latents at every token.
 
+        A position that the cache has no rows of in any context, as the first one often is, has no latents.
+
         Raises:
             InputError: if the text is empty, or longer than the contexts that the dictionary was
                 trained on.
@@ -237,6 +241,8 @@ class Reading:
         x = residuals(self._model.model, torch.tensor([ids]), [self.hookpoint])[self.hookpoint]
         own = self.dictionary.directions
         latents = self.dictionary.encode(x[0].to(own.device, own.dtype)).float().cpu()
+        if self._cached is not None:
+            latents[~self._cached[:, : len(ids)].any(0)] = 0.0
         best = latents.topk(min(per_token, self.n_latents), dim=-1)
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return TextReading(ids, [[(i, v) for i, v in zip(*row, strict=True) if v > 0] for row in rows])
@@ -257,7 +263,7 @@ class Reading:
             for i in map(self.check_latent, which)
         }
         self._ablations |= measure_ablations(
-            self._model.model, self.hookpoint, self.dictionary, self._token_ids, firings
+            self._model.model, self.hookpoint, self.dictionary, self._token_ids, firings, self._cached
         )
 
 

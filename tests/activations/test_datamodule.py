@@ -1,57 +1,22 @@
 """The datamodule: finds, makes or refuses caches; batches are the sampler's; resumes exactly."""
 
 import dataclasses
-from collections import Counter
+from pathlib import Path
 
 import pytest
-import torch
 
 from sae.activations import ActivationDataModule, Source
-from sae.activations.datamodule import TrainLoader, cache_folder
+from sae.activations.datamodule import cache_folder
 from sae.errors import InputError
 
 
 def _module(cache, **kwargs):
     module = ActivationDataModule(
-        **({"cache": str(cache.folder), "hookpoint": "resid.1", "batch_size": 64} | kwargs)
+        **({"cache": str(cache.location), "hookpoint": "resid.1", "batch_size": 64} | kwargs)
     )
     module.prepare_data()
     module.setup()
     return module
-
-
-def test_batches_hold_train_rows_each_once_per_pass(tiny_cache):
-    loader = _module(tiny_cache).train_dataloader()
-    rows = torch.cat([batch.x for batch in loader])
-    cached = torch.cat([b.x for b in tiny_cache.batches("train", "resid.1", 512)])
-    assert len(rows) == len(cached) // 64 * 64
-    given, there = (Counter(row.numpy().tobytes() for row in x) for x in (rows, cached))
-    assert given <= there  # as multisets: equal prefixes make equal rows
-
-
-def test_ranks_share_each_batch_without_overlap(tiny_cache):
-    whole = next(iter(TrainLoader(tiny_cache, "resid.1", 64, 0, 0, 1))).x
-    parts = [next(iter(TrainLoader(tiny_cache, "resid.1", 64, 0, rank, 2))).x for rank in (0, 1)]
-    assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), whole)
-
-
-def test_loader_continues_where_it_was_saved_across_passes(tiny_cache):
-    def stream(loader, count):
-        found = []
-        while len(found) < count:
-            found += [batch.x for batch, _ in zip(loader, range(count - len(found)), strict=False)]
-        return found
-
-    unbroken = TrainLoader(tiny_cache, "resid.1", 64, 0, 0, 1)
-    expected = stream(unbroken, 150)
-    broken = TrainLoader(tiny_cache, "resid.1", 64, 0, 0, 1)
-    iterator = iter(broken)
-    for _ in range(70):
-        next(iterator)
-    resumed = TrainLoader(tiny_cache, "resid.1", 64, 7, 0, 1)  # another seed: the saved one counts
-    resumed.load_state_dict(broken.state_dict())
-    for ours, reference in zip(stream(resumed, 80), expected[70:], strict=True):
-        assert torch.equal(ours, reference)
 
 
 def test_missing_cache_is_harvested_and_then_reused(tiny_source, tmp_path):
@@ -88,15 +53,12 @@ def test_hookpoint_must_be_chosen_among_several(tiny_cache):
         _module(tiny_cache, hookpoint=None)
 
 
-def test_batch_that_ranks_do_not_divide_is_an_error(tiny_cache):
-    with pytest.raises(InputError, match="`batch_size`=63 must be a multiple of the 2 ranks"):
-        TrainLoader(tiny_cache, "resid.1", 63, 0, 0, 2)
-
-
 def test_default_folder_is_named_after_the_source():
-    folder = cache_folder(None, Source())
+    folder = Path(cache_folder(None, Source()))
     assert folder.parent.name == "caches" and folder.name.startswith("demo-resid.2-")
-    assert folder != cache_folder(None, Source(n_tokens=1))
+    assert str(folder) != cache_folder(None, Source(n_tokens=1))
+    assert str(folder) == cache_folder(None, Source(disk="50GB"))  # the same shards, kept or not
+    assert cache_folder("s3://bucket/a", None) == "s3://bucket/a"
 
 
 @pytest.mark.parametrize(

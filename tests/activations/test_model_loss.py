@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import sae
+from sae.activations.hookpoints import residuals, visiting
 from sae.activations.language_model import load_language_model
 from sae.activations.model_loss import model_losses
 from sae.errors import InputError
@@ -50,6 +51,40 @@ def test_standard_error_is_that_of_the_differences_between_contexts(model, ids):
     increases = torch.tensor([loss.ce_increase for loss in each], dtype=torch.float64)
     assert together["zero"].ce_increase_se == pytest.approx(float(increases.std() / len(ids) ** 0.5))
     assert each[0].ce_increase_se is None
+
+
+@pytest.fixture
+def cached(ids):
+    cached = torch.rand(ids.shape) < 0.7
+    cached[:, 0] = False
+    cached[2] = False  # a batch without a row to act on
+    return cached
+
+
+def test_replacements_act_on_cached_positions_only(model, ids, cached, monkeypatch):
+    """Against a hook of our own; what they would do elsewhere changes nothing, not even not-a-number."""
+    monkeypatch.setattr("sae.activations.model_loss.LOGITS_AT_ONCE", 257 * 12)  # one context at a time
+    x = residuals(model, ids, ["resid.2"])["resid.2"]
+    elsewhere = {tuple(row.tolist()) for row in x[~cached]}
+
+    def halve(rows):
+        poisoned = torch.tensor([tuple(row.tolist()) in elsewhere for row in rows])
+        return torch.where(poisoned[:, None], torch.nan, rows / 2)
+
+    clean, losses = model_losses(model, "resid.2", ids, {"half": halve}, cached)
+    with torch.no_grad():
+        with visiting(model, "resid.2", lambda x: torch.where(cached[..., None], x / 2, x)):
+            changed = float(model(input_ids=ids, labels=ids).loss)
+        assert clean == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-6)
+    assert losses["half"].ce == pytest.approx(changed, rel=1e-5) and losses["half"].kl > 0
+
+
+def test_where_nothing_is_cached_nothing_changes_and_where_all_is_the_mask_says_nothing(model, ids):
+    zero = {"zero": torch.zeros_like}
+    nowhere = model_losses(model, "resid.1", ids, zero, torch.zeros(ids.shape, dtype=torch.bool))[1]["zero"]
+    assert nowhere.ce_increase == 0 and nowhere.kl == 0
+    everywhere = model_losses(model, "resid.1", ids, zero, torch.ones(ids.shape, dtype=torch.bool))
+    assert everywhere == model_losses(model, "resid.1", ids, zero)
 
 
 def test_models_without_a_causal_head_and_empty_text_are_refused(family_model, ids):

@@ -167,6 +167,79 @@ def test_generation_with_a_key_value_cache_is_steered(model, ids, dictionary):
     assert any(not torch.equal(tokens, clean) for tokens in steered.values())
 
 
+@pytest.mark.parametrize("options", [{}, {"keep_error": True, "clamp": {3: 50.0}}, {"scale": {0: 0.0}}])
+def test_a_first_position_that_is_skipped_passes_untouched_and_has_no_latents(
+    family_model, ids, dictionary, options
+):
+    for hookpoint in ("resid.0", "resid.2"):
+        x = residuals(family_model, ids, [hookpoint])[hookpoint]
+        whole = sae.splice(family_model, hookpoint, dictionary, **options)
+        edited = _seen_after(family_model, ids, hookpoint, whole)
+        with sae.splice(family_model, hookpoint, dictionary, skip_first_position=True, **options) as s:
+            seen = []
+            with visiting(family_model, hookpoint, seen.append), torch.no_grad():
+                family_model(input_ids=ids)
+        assert torch.equal(seen[0][:, 0], x[:, 0])
+        torch.testing.assert_close(seen[0][:, 1:], edited[:, 1:])
+        assert (s.latents[:, 0] == 0).all()
+        expected = dictionary.encode(x.to(dictionary.directions.dtype))[:, 1:]
+        torch.testing.assert_close(s.latents[:, 1:], expected)
+    assert _hooks(family_model) == 0
+
+
+def test_generation_skips_the_first_token_of_the_prompt_only(model, ids, dictionary):
+    """With a key-value cache and with padding on the left: the same tokens as without both."""
+    model.config.use_cache = True
+    prompts = [ids[0, :4], ids[1, :9], ids[0, :1]]
+    padded = torch.zeros(3, 9, dtype=torch.long)
+    mask = torch.zeros_like(padded)
+    for row, prompt in enumerate(prompts):
+        padded[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = prompt, 1
+    edit = {"clamp": {3: 40.0}, "keep_error": True, "skip_first_position": True}
+
+    def generate(tokens, attention_mask, use_cache):
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 255}
+        return model.generate(tokens, attention_mask=attention_mask, use_cache=use_cache, **options)
+
+    with sae.splice(model, "resid.2", dictionary, **edit) as s:
+        together = generate(padded, mask, True)[:, 9:]
+        assert s.latents.shape == (3, 1, 40) and (s.latents > 0).any(-1).all()
+        for row, prompt in enumerate(prompts):
+            one = prompt[None]
+            alone = generate(one, torch.ones_like(one), False)[:, len(prompt) :]
+            assert (s.latents[:, 0] == 0).all() and (s.latents[:, 1:] > 0).any(-1).all()
+            assert torch.equal(together[row : row + 1, : alone.shape[1]], alone)
+    with sae.splice(model, "resid.2", dictionary, **edit | {"skip_first_position": False}):
+        assert not torch.equal(generate(padded, mask, True)[:, 9:], together)
+
+
+def test_a_pass_of_a_single_first_token_is_left_alone_and_the_next_is_not(model, ids, dictionary):
+    with sae.splice(model, "resid.1", dictionary, skip_first_position=True) as s, torch.no_grad():
+        output = model(input_ids=ids[:, :1], use_cache=True)
+        assert s.latents.shape == (2, 1, 40) and (s.latents == 0).all()
+        model(input_ids=ids[:, 1:2], past_key_values=output.past_key_values)
+        assert (s.latents > 0).any(-1).all()
+
+
+def test_what_does_not_show_where_sequences_begin_is_refused(model, ids, dictionary):
+    with sae.splice(model, "resid.1", dictionary, skip_first_position=True), torch.no_grad():
+        with pytest.raises(InputError, match="GPT2LMHeadModel that was spliced"):
+            model.transformer(input_ids=ids)
+        with pytest.raises(InputError, match=r"\(batch, context\), got \(2, 1, 9, 9\)"):
+            model(input_ids=ids, attention_mask=torch.ones(2, 1, 9, 9))
+        with pytest.raises(InputError, match="must be a transformers Cache, got list"):
+            model(input_ids=ids, past_key_values=[])
+        model(input_ids=ids)
+    assert _hooks(model) == 0
+
+
+def test_gradients_to_latents_leave_out_a_first_position_that_is_skipped(model, ids, dictionary):
+    with sae.splice(model, "resid.1", dictionary, gradients=True, skip_first_position=True) as s:
+        loss = model(input_ids=ids).logits.logsumexp(-1).sum()
+    (gradient,) = torch.autograd.grad(loss, s.code.values)
+    assert gradient.abs().sum() > 0 and (s.code.rows % 9 > 0).all() and len(gradient) == 2 * 8 * 5
+
+
 @pytest.mark.parametrize("keep_error", [False, True])
 def test_gradients_to_latents_are_the_finite_differences(model, ids, dictionary, keep_error):
     model, dictionary = model.double(), dictionary.double()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae.activations import ActivationDataModule
-from sae.activations.imported import import_rows
+from sae.activations.exchange.imported import import_rows
 from sae.callbacks import NMFBaseline, PCABaseline
 from sae.callbacks.baselines import _score
 from sae.errors import InputError

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import sae
-from sae.activations.contexts import token_ids_of, whole_contexts
-from sae.activations.imported import import_rows
+from sae.activations.contexts import cached_positions, token_ids_of, whole_contexts
+from sae.activations.exchange.imported import import_rows
 from sae.errors import InputError
 from sae.inspection import Evidence, gather_evidence
 from sae.inspection.evidence import BINS_PER_OCTAVE
+from sae.inspection.null import RandomDetectors
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_strongest_contexts_are_exact_over_all_rows(evidence, dense):
 
 
 def test_tokens_before_are_those_one_position_earlier_in_the_same_context(evidence, dense, tiny_cache):
-    ids = token_ids_of(tiny_cache)[: len(dense)]
+    ids = token_ids_of(tiny_cache)[: len(dense)].long()
     i = int(evidence.firings.argmax())
     mass = torch.zeros(257, dtype=torch.float64)
     mass.index_add_(0, ids[:, :-1].flatten(), dense[:, 1:, i].double().flatten())
@@ -79,6 +80,84 @@ def test_tokens_before_are_those_one_position_earlier_in_the_same_context(eviden
 def test_a_limit_takes_whole_contexts_and_never_more(dictionary, tiny_cache):
     assert gather_evidence(dictionary, tiny_cache, "resid.1", max_tokens=1000).rows == 992
     assert gather_evidence(dictionary, tiny_cache, "resid.1", max_tokens=5).rows == 32
+
+
+@pytest.fixture(scope="module", params=["without position 0", "holes everywhere"])
+def partial(request, tmp_path_factory, tiny_cache, without_first, drop_rows):
+    """A cache that lacks rows."""
+    if request.param == "without position 0":
+        return without_first
+    generator = torch.Generator().manual_seed(7)
+    cached = torch.rand(tiny_cache.token_ids.shape, generator=generator) < 0.4
+    cached[3] = False
+    return drop_rows(tiny_cache, tmp_path_factory.mktemp("holes") / "cache", cached)
+
+
+@pytest.fixture(scope="module")
+def of_partial(dictionary, partial):
+    """The evidence of it."""
+    return gather_evidence(dictionary, partial, "resid.1")
+
+
+def test_positions_without_a_row_count_for_nothing(of_partial, partial, dense, tiny_cache):
+    """Against brute force over the rows that are cached, from the latents of the whole cache."""
+    cached = cached_positions(partial)[: len(dense)]
+    ids = token_ids_of(tiny_cache)[: len(dense)].long()
+    rows = dense[cached]
+    assert of_partial.rows == len(rows) < dense[..., 0].numel()
+    assert torch.equal(of_partial.firings, (rows > 0).sum(0))
+    torch.testing.assert_close(of_partial.mass, rows.double().sum(0))
+    torch.testing.assert_close(of_partial.largest, rows.double().max(0).values)
+    assert torch.equal(of_partial.histogram.sum(1), of_partial.firings)
+    later = cached.clone()
+    later[:, 0] = False
+    before = ids.roll(1, dims=1)
+    for counts, tokens, here in (
+        (of_partial.inputs, ids, cached),
+        (of_partial.previous, before, later),
+    ):
+        p = torch.bincount(tokens[here], minlength=counts.vocabulary)
+        assert counts.text.tolist() == p.tolist()
+        for i in (0, int(of_partial.firings.argmax())):
+            mass = torch.zeros(len(p), dtype=torch.float64)
+            mass.index_add_(0, tokens[here], dense[here][:, i].double())
+            for t in counts.top(i, 300):
+                share = float(mass[t.token] / mass.sum())
+                assert t.share == pytest.approx(share)
+                assert t.lift == pytest.approx(share / float(p[t.token] / p.sum()))
+
+
+def test_contexts_show_every_token_but_fire_only_at_rows(of_partial, partial, dense):
+    fires = dense * cached_positions(partial)[: len(dense), :, None]
+    for i in range(40):
+        largest = fires[..., i].max(dim=1).values.sort(descending=True).values[:12]
+        torch.testing.assert_close(of_partial.top["value"][i], largest)
+        for best in (of_partial.top, of_partial.sampled):
+            for j in best["value"][i].nonzero().flatten().tolist():
+                sequence, begin, peak = (int(best[name][i, j]) for name in ("sequence", "begin", "peak"))
+                window = fires[sequence, begin : begin + 32, i]
+                torch.testing.assert_close(best["trace"][i, j].float(), window, rtol=1e-2, atol=1e-4)
+                torch.testing.assert_close(best["value"][i, j], window[peak])
+
+
+def test_random_directions_are_set_and_scored_on_rows_alone(of_partial, partial):
+    """As many of them as of a cache that had only these rows, firing as often."""
+    density = of_partial.null[:, 0]
+    assert float(density[-48:].mean()) == pytest.approx(0.2, abs=0.02)
+    rows = torch.cat([b.x[b.cached] for b in whole_contexts(partial, "train", "resid.1")])
+    code = RandomDetectors(rows, len(rows)).encode_sparse(rows)
+    firings = torch.bincount(code.indices, minlength=len(density))
+    torch.testing.assert_close(density, firings[firings > 0].double() / len(rows))
+
+
+def test_a_limit_counts_rows_and_takes_whole_contexts(dictionary, partial, dense):
+    rows = cached_positions(partial)[: len(dense)].sum(1)
+    for limit in (5, 40, 1000):
+        seen = gather_evidence(dictionary, partial, "resid.1", max_tokens=limit)
+        order = torch.cat([b.sequence for b in whole_contexts(partial, "train", "resid.1")])
+        sums = rows[order].cumsum(0)
+        whole = max(32, limit // 32 * 32)
+        assert seen.rows == int(sums[sums <= whole][-1]) > whole - 32
 
 
 def test_saved_and_loaded_it_is_the_same(evidence, tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 import sae
 from sae.activations import ActivationCache
-from sae.activations.contexts import token_ids_of
+from sae.activations.contexts import cached_positions, token_ids_of
 from sae.activations.hookpoints import residuals
 from sae.activations.language_model import LanguageModel, load_language_model
 from sae.errors import InputError
@@ -125,6 +125,26 @@ def test_text_is_read_token_by_token(reading, detector):
     assert '"e"' in text_table(reading, found)
 
 
+def test_a_position_that_the_cache_never_has_is_read_as_text_but_has_no_latents(detector, without_first):
+    dictionary, language_model, _ = detector
+    always = sae.TopK(16, 4, 4).requires_grad_(False)  # fires at every token
+    always.W_enc_rows.zero_()
+    always.b_enc.fill_(1.0)
+    evidence = gather_evidence(always, without_first, "resid.1")
+    ids, cached = token_ids_of(without_first), cached_positions(without_first)
+    whole = Reading(always, "resid.1", evidence, ids, language_model)
+    reading = Reading(always, "resid.1", evidence, ids, language_model, cached)
+    assert whole.on_text("red").latents[0] and whole.on_text("red").latents[1]
+    assert reading.on_text("red").latents == [[], *whole.on_text("red").latents[1:]]
+    for r in (whole, reading):
+        r.measure_ablations([1], contexts=3)
+    sink = [r.latent(1).ablation.kl for r in (whole, reading)]
+    assert sink[0] != sink[1]  # position 0 is not ablated
+    context = reading.latent(1).top_contexts[0]
+    assert context.begin == 0 and context.tokens == ids[context.sequence].tolist()
+    assert context.activations[0] == 0 and all(a > 0 for a in context.activations[1:])
+
+
 def test_ablation_is_measured_beside_its_null(reading):
     reading.measure_ablations([2], contexts=4)
     ablation = reading.latent(2).ablation
@@ -166,7 +186,7 @@ def test_an_encoder_has_no_output_tokens(tiny_cache, detector):
         vocab_size=257, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
     )
     encoder = LanguageModel("bert", transformers.BertForMaskedLM(config).eval(), language_model.tokenizer)
-    evidence = gather_evidence(dictionary, ActivationCache(tiny_cache.folder), "resid.1")
+    evidence = gather_evidence(dictionary, ActivationCache(tiny_cache.location), "resid.1")
     reading = Reading(dictionary, "resid.1", evidence, token_ids_of(tiny_cache), encoder)
     reading.measure_ablations([2])
     found = reading.latent(2)

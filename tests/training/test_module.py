@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae.activations import ActivationDataModule
-from sae.activations.imported import import_rows
+from sae.activations.exchange.imported import import_rows
 from sae.activations.synthetic import PlantedWorld
 from sae.dictionaries import TopK
 from sae.errors import InputError
@@ -45,7 +45,7 @@ def world_cache(tmp_path_factory):
 def _fit(cache, tmp_path, max_steps, module=None, batch_size=256, ckpt_path=None, seed=0, **kwargs):
     lightning.seed_everything(seed, verbose=False)
     module = module or SparseAutoencoderModule(_topk(32, 2), warmup_steps=5, dead_after_tokens=600)
-    data = ActivationDataModule(str(cache.folder), batch_size=batch_size)
+    data = ActivationDataModule(str(cache.location), batch_size=batch_size)
     trainer = _trainer(tmp_path, max_steps, **kwargs)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module, trainer
@@ -99,7 +99,7 @@ def test_dead_latents_come_back_through_auxk_and_not_without_it(world_cache, tmp
     class KillHalf(lightning.Callback):
         def on_fit_start(self, trainer, module):
             with torch.no_grad():
-                module.dictionary.b_enc[16:] = -1.5
+                module.dictionary.b_enc[16:] = -2.0
 
     def dead_after(coefficient):
         module = SparseAutoencoderModule(

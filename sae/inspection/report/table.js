@@ -31,7 +31,7 @@ class LatentTable {
       ["effective_tokens", "Eff. tokens", 92, fired("effective_tokens"), alive("effective_tokens", figure), "Kinds of token it fires on, as many equally frequent ones would count"],
       ["fires_on", "Fires on", 116, first("fires_on"), (i) => (c.firings[i] ? tokenOr("fires_on")(i) : h("span", { class: "pill" }, "dead")), "Most telling token at its firings"],
       ["share", "Share", 74, (i) => c.share[i], (i) => percent(c.share[i]), "Share of its activation that falls on that token"],
-      ["lift", "Lift", 150, (i) => c.lift[i], (i) => this.lift(i), "Share over the token's share of the text, with its 95 % interval"],
+      ["lift", "Lift", 150, (i) => c.lift[i], (i) => this.lift(i), "Share over the token's share of the rows, with its 95 % interval"],
       ["before", "Right before", 112, first("before"), tokenOr("before"), "Most telling token one position before"],
       ["before_lift", "Lift", 66, (i) => c.before_lift[i], (i) => times(c.before_lift[i]), "Lift of that token"],
       ["raises", "Raises", 112, first("raises"), tokenOr("raises"), "Top output token by the logit lens"],

@@ -30,7 +30,8 @@ def main(args: list[str] | None = None) -> None:
     if not cli.config.fresh and is_finished(folder, config):
         print(f"{folder} is finished; --fresh starts over, a larger trainer.max_steps continues it.")
     else:
-        prepare(cli)
+        cli.datamodule.prepare_data()  # makes the cache, by all ranks that torchrun or srun started
+        check_and_discard(cli)
         if checkpoint:
             rank_zero_only(print)(f"resuming from {checkpoint}")
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -38,15 +39,14 @@ def main(args: list[str] | None = None) -> None:
     report(folder)
 
 
-def prepare(cli: SaeCLI) -> None:
-    """Makes the cache where it is missing; only when all is well, discards a run to be started over."""
-    cli.datamodule.prepare_data()  # by all ranks that torchrun or srun started
-    if rank_zero_only.rank == 0:
-        cli.datamodule.setup()
-        cli.datamodule.train_dataloader()
-        cli.datamodule.teardown("fit")
-        if cli.config.fresh:
-            discard_run(cli.run_folder)
+@rank_zero_only
+def check_and_discard(cli: SaeCLI) -> None:
+    """Checks that training can start; only then a run that is to be started over is discarded."""
+    cli.datamodule.setup()
+    cli.datamodule.train_dataloader()
+    cli.datamodule.teardown("fit")
+    if cli.config.fresh:
+        discard_run(cli.run_folder)
 
 
 @rank_zero_only

@@ -8,10 +8,7 @@ from pathlib import Path
 from sae.activations.cache import ActivationCache
 from sae.activations.cache.encoding import row_bytes
 from sae.activations.cache.finish import begin_rolling_manifest, finish_cache
-from sae.activations.cache.format import (
-    format_bytes,
-)
-from sae.activations.cache.places import Place, RemotePlace, place_at
+from sae.activations.cache.places import Place, RemotePlace, explaining_a_full_disk, place_at
 from sae.activations.cache.plan import PlannedShard
 from sae.activations.cache.records import wait_for_shards
 from sae.activations.cache.writer import write_shards
@@ -19,6 +16,7 @@ from sae.activations.harvest_begun import Begun, begin_harvest, unfinished_again
 from sae.activations.ranks import Ranks, launched_ranks
 from sae.activations.source import Source
 from sae.errors import InputError
+from sae.files import format_bytes
 
 STATISTICS_ROWS = 2**20
 """Train rows that the statistics of a rolling cache are taken from, at least."""
@@ -46,6 +44,11 @@ def harvest(
     """
     ranks = ranks or launched_ranks()
     place = place_at(location)
+    with explaining_a_full_disk(place):
+        return _harvest(source, place, device, ranks)
+
+
+def _harvest(source: Source, place: Place, device: str, ranks: Ranks) -> ActivationCache:
     begun = begin_harvest(source, place, device, ranks)
     limit = source.disk_bytes()
     if limit is not None and limit < begun.total_bytes():

@@ -459,7 +459,7 @@ def test_disk_that_becomes_full_is_an_error_that_says_how_much_is_missing(
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(places_module, "_write_all", full)
-        with pytest.raises(InputError, match=r"became full while shard-\d+.* needs .* are missing. Finished"):
+        with pytest.raises(InputError, match=r"became full: .* to come, so .* are missing. Finished"):
             patch.setattr(
                 places_module.shutil,
                 "disk_usage",
@@ -472,6 +472,15 @@ def test_disk_that_becomes_full_is_an_error_that_says_how_much_is_missing(
     harvest(tiny_source, tmp_path)
     assert _files(tmp_path) == _files(unbroken.location)
     assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in kept.items())
+
+
+def test_disk_that_is_full_before_the_first_shard_is_an_error_too(tiny_source, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(begun_module, "pack", full)
+    with pytest.raises(InputError, match="became full: .* make room and run the same command again"):
+        harvest(tiny_source, tmp_path)
 
 
 def test_folder_with_other_files_is_left_alone(tiny_source, tmp_path):

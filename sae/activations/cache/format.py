@@ -62,16 +62,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def format_bytes(n_bytes: int) -> str:
-    """E.g. `3.2 GB`; decimal units."""
-    size = float(n_bytes)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"
-
-
 def _check_format(path: str, manifest: Any) -> None:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found == FORMAT:

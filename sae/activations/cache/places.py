@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sae.errors import InputError
+from sae.files import format_bytes
 
 FETCHED_BYTES = 50 * 10**9
 """Disk of this machine that files fetched from a URL may take, where nothing else is said."""
@@ -234,6 +237,31 @@ def place_at(location: str | Path | Place, limit: int = FETCHED_BYTES) -> Place:
         return RemotePlace(str(location), limit)
     text = str(location)
     return LocalPlace(Path(text.partition("://")[2] if "://" in text else text))
+
+
+@contextlib.contextmanager
+def explaining_a_full_disk(place: Place, to_come: Callable[[], int] | None = None) -> Iterator[None]:
+    """Turns a full disk into an `InputError` that says how much is missing.
+
+    Args:
+        place: that is written to.
+        to_come: bytes that are still to be written, counted when the disk is full; None = not known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = place.free_bytes() or 0
+        missing = ""
+        if to_come is not None and (needed := to_come()) > free:
+            missing = (
+                f" of {format_bytes(needed)} that are to come, so {format_bytes(needed - free)} are missing"
+            )
+        raise InputError(
+            f"the disk of {place} became full: {format_bytes(free)} are free{missing}. Finished shards are"
+            " kept: make room and run the same command again."
+        ) from error
 
 
 def _write_all(file: Any, chunk: bytes | memoryview) -> None:

@@ -6,11 +6,11 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from sae.activations.cache.format import format_bytes
 from sae.activations.cache.places import RemotePlace
 from sae.activations.cache.shard import Shard
 from sae.activations.ranks import ALONE, Ranks
 from sae.errors import InputError
+from sae.files import format_bytes
 
 AHEAD = 1
 """Windows made ready beyond the one being read."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,8 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae.activations.cache.encoding import Encoding, row_bytes
-from sae.activations.cache.format import format_bytes
-from sae.activations.cache.places import Place
+from sae.activations.cache.places import Place, explaining_a_full_disk
 from sae.activations.cache.plan import Layout, Plan, PlannedShard
 from sae.activations.cache.records import finished_records, write_record
 from sae.activations.cache.shard import Shard
@@ -111,7 +108,7 @@ class ShardWriter:
         rows = len(tensors["sequence"])
         if not self.knows_sequences:
             tensors = {name: t for name, t in tensors.items() if name not in ("sequence", "position")}
-        with self._explaining_a_full_disk(shard):
+        with explaining_a_full_disk(self.place, self.bytes_to_come):
             entry = write_tensors(self.place, shard.file, tensors)
             record = {"split": shard.split, "rows": rows, **entry, "skipped": filled.skipped}
             write_record(self.place, record)
@@ -131,21 +128,6 @@ class ShardWriter:
         sizes = self.place.sizes()
         each = row_bytes(self.d_model, self.encoding)
         return sum(self.plan.n_rows(s) * each for s in self.plan.shards if s.file not in sizes)
-
-    @contextlib.contextmanager
-    def _explaining_a_full_disk(self, shard: PlannedShard) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            needed, free = self.bytes_to_come(), self.place.free_bytes() or 0
-            raise InputError(
-                f"the disk of {self.place} became full while {shard.file} was written: the {self.doing} needs"
-                f" {format_bytes(needed)} more, {format_bytes(free)} are free, so"
-                f" {format_bytes(max(needed - free, 0))} are missing. Finished shards are kept: make room"
-                " and run the same command again."
-            ) from error
 
     def moments(self, tensors: Mapping[str, Tensor]) -> dict[str, StreamingMoments]:
         """Sums over the rows of a shard, as they will be read, in the order on disk."""

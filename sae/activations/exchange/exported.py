@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae.activations.cache import ActivationCache, Shard
-from sae.activations.cache.format import ORDER, SEQUENCES, format_bytes
+from sae.activations.cache.format import ORDER, SEQUENCES
 from sae.errors import InputError
+from sae.files import format_bytes
 
 _ROWS_AT_ONCE = 8192
 _NUMPY = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16}

@@ -14,8 +14,8 @@ from torch import Tensor
 from sae.activations.cache import FORMAT, ActivationCache, read_manifest
 from sae.activations.cache.encoding import Encoding, row_bytes
 from sae.activations.cache.finish import finish_cache
-from sae.activations.cache.format import SEQUENCES, format_bytes, has_manifest, write_manifest
-from sae.activations.cache.places import Place, place_at
+from sae.activations.cache.format import SEQUENCES, has_manifest, write_manifest
+from sae.activations.cache.places import Place, explaining_a_full_disk, place_at
 from sae.activations.cache.plan import Plan, contexts_per_shard
 from sae.activations.cache.records import finished_records, restore_records
 from sae.activations.cache.tensor_file import Pieces, checksum, write_tensors
@@ -25,6 +25,7 @@ from sae.activations.exchange.model import check_model
 from sae.activations.exchange.reading import RowsToImport, describe_import
 from sae.activations.ranks import ALONE
 from sae.errors import InputError
+from sae.files import format_bytes
 
 RUN = 128
 """Consecutive rows that are read together where nothing is known of sequences."""
@@ -82,9 +83,10 @@ def import_activations(
         model=model,
     )
     place = place_at(location)
-    manifest = _begin(place, what, model)
-    if not manifest["finished"]:
-        _write(place, what, manifest, torch.device(device))
+    with explaining_a_full_disk(place):
+        manifest = _begin(place, what, model)
+        if not manifest["finished"]:
+            _write(place, what, manifest, torch.device(device))
     return ActivationCache(place)
 
 
@@ -116,6 +118,7 @@ def _write(place: Place, what: RowsToImport, manifest: Mapping[str, Any], device
         manifest["d_model"],
         non_finite=what.options["non_finite"],
         device=device,
+        doing="import",
         knows_sequences=spans.are_sequences,
     )
     _check_disk(writer, what)

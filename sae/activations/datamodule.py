@@ -11,7 +11,7 @@ import lightning
 import torch
 
 from sae.activations.cache import ActivationCache, read_manifest
-from sae.activations.cache.format import has_manifest
+from sae.activations.cache.format import has_manifest, is_whole
 from sae.activations.cache.places import Place, RemotePlace, is_url, place_at
 from sae.activations.cache.supply import Bounded, Fetched
 from sae.activations.harvest import harvest
@@ -176,7 +176,7 @@ def open_or_harvest(
         if source is not None:
             _check_same_source(str(place), manifest, source)
         usable = manifest.get("finished") or ("rolling" in manifest and source and source.disk is not None)
-        if source is None or (usable and _is_whole(place, manifest)):
+        if source is None or (usable and is_whole(place, manifest)):
             return ActivationCache(place)
     elif source is None:
         raise InputError(
@@ -191,12 +191,6 @@ def _device(ranks: Ranks) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{ranks.rank % torch.cuda.device_count()}"
-
-
-def _is_whole(place: Place, manifest: dict[str, Any]) -> bool:
-    sizes = place.sizes()
-    entries = [*manifest["files"], *manifest["shards"]]
-    return all(sizes.get(entry["file"]) == entry["bytes"] for entry in entries)
 
 
 def _check_same_source(location: str, manifest: dict[str, Any], source: Source) -> None:

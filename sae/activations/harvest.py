@@ -50,6 +50,8 @@ def harvest(
 
 def _harvest(source: Source, place: Place, device: str, ranks: Ranks) -> ActivationCache:
     begun = begin_harvest(source, place, device, ranks)
+    if begun.manifest["finished"]:  # by the other ranks, which had nothing left for this one
+        return ActivationCache(place)
     limit = source.disk_bytes()
     if limit is not None and limit < begun.total_bytes():
         _begin_rolling(begun, ranks)
@@ -64,7 +66,7 @@ def _harvest(source: Source, place: Place, device: str, ranks: Ranks) -> Activat
     if ranks.rank == 0:
         finish_cache(place, begun.manifest, plan, wait_for_shards(place, [s.file for s in plan.shards]))
     else:
-        wait_for_manifest(place, begun.manifest["source_hash"], "finished")
+        wait_for_manifest(place, begun.manifest["source_hash"], lambda m: bool(m["finished"]))
     return ActivationCache(place)
 
 
@@ -86,7 +88,7 @@ def _begin_rolling(begun: Begun, ranks: Ranks) -> None:
     with begun.producing() as produce:
         write_shards(begun.writer, first, ranks, produce)
     if ranks.rank > 0:
-        wait_for_manifest(place, manifest["source_hash"], "rolling")
+        wait_for_manifest(place, manifest["source_hash"], lambda m: "rolling" in m)
         return
     records = wait_for_shards(place, [shard.file for shard in first])
     written = {shard.file: records[shard.file] for shard in held_out}

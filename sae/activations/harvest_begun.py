@@ -6,13 +6,14 @@ import contextlib
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
+from safetensors import safe_open
 from torch import Tensor
 
 from sae.activations.cache import FORMAT, read_manifest
@@ -22,6 +23,7 @@ from sae.activations.cache.format import (
     MANIFEST,
     SEQUENCES,
     has_manifest,
+    is_whole,
     write_manifest,
 )
 from sae.activations.cache.places import Place, RemotePlace
@@ -91,7 +93,7 @@ def begin_harvest(source: Source, place: Place, device: str, ranks: Ranks) -> Be
     _check_context_length(language_model, source.context_length)
     identity = _identity(source, language_model)
     if ranks.rank > 0:
-        manifest = wait_for_manifest(place, identity["source_hash"], "files")
+        manifest = wait_for_manifest(place, identity["source_hash"], lambda m: _is_begun(place, m))
     elif earlier is not None and earlier["source_hash"] == identity["source_hash"]:
         manifest = unfinished_again(place, earlier) if earlier.get("finished") else earlier
     elif earlier is not None and earlier.get("finished"):
@@ -214,7 +216,6 @@ def _planned(
     manifest: dict[str, Any],
     device: torch.device,
 ) -> Begun:
-    from safetensors import safe_open
 
     with safe_open(place.local(SEQUENCES), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -242,13 +243,20 @@ def unfinished_again(place: Place, manifest: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def wait_for_manifest(place: Place, source_hash: str, key: str) -> dict[str, Any]:
-    """Waits until the first rank has come so far that the manifest has something under a key."""
+def _is_begun(place: Place, manifest: Mapping[str, Any]) -> bool:
+    """Whether the text is packed, and a finished manifest is not that of a cache about to be mended."""
+    return bool(manifest["files"]) and (not manifest["finished"] or is_whole(place, manifest))
+
+
+def wait_for_manifest(
+    place: Place, source_hash: str, ready: Callable[[Mapping[str, Any]], bool]
+) -> dict[str, Any]:
+    """Waits until the first rank has come so far that the manifest is as wanted."""
     begin = time.monotonic()
     while time.monotonic() - begin < LONGEST_WAIT:
         if has_manifest(place):
             manifest = read_manifest(place)
-            if manifest.get("source_hash") == source_hash and manifest.get(key):
+            if manifest.get("source_hash") == source_hash and ready(manifest):
                 return manifest
         time.sleep(_POLL)
     raise InputError(f"the first rank has not begun the cache {place} in {LONGEST_WAIT / 3600:.0f} hours.")

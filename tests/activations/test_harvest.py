@@ -203,6 +203,19 @@ def test_several_ranks_make_the_same_cache(unbroken, tiny_source, tmp_path, smal
     assert sorted(_files(tmp_path / "cache")) == sorted(_files(unbroken.location))
 
 
+def test_several_ranks_mend_a_cache_together(unbroken, tiny_source, tmp_path, small_shards):
+    harvest(tiny_source, tmp_path)
+    expected = _files(tmp_path)
+    for index in (1, 4):
+        (tmp_path / f"shard-0000{index}.safetensors").unlink()
+    others = (tmp_path / "shard-00003.safetensors").stat().st_mtime_ns
+    _ranks_harvest(tiny_source, tmp_path, 2)
+    assert {n: d for n, d in _files(tmp_path).items() if n.startswith(("shard", "order"))} == {
+        n: d for n, d in expected.items() if n.startswith(("shard", "order"))
+    }
+    assert (tmp_path / "shard-00003.safetensors").stat().st_mtime_ns == others
+
+
 def test_ranks_are_those_of_torchrun_or_of_an_srun_step(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)

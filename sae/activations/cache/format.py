@@ -52,6 +52,12 @@ def has_manifest(place: Place) -> bool:
     return place.size(MANIFEST) is not None
 
 
+def is_whole(place: Place, manifest: Mapping[str, Any]) -> bool:
+    """Whether all files of a manifest are there, as long as they were written."""
+    sizes = place.sizes()
+    return all(sizes.get(e["file"]) == e["bytes"] for e in [*manifest["files"], *manifest["shards"]])
+
+
 def write_manifest(place: Place, manifest: Mapping[str, Any]) -> None:
     """Replaces the manifest, whole."""
     place.write(MANIFEST, [(json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 from sae.activations.cache import ActivationCache
@@ -12,7 +13,13 @@ from sae.activations.cache.places import Place, RemotePlace, explaining_a_full_d
 from sae.activations.cache.plan import PlannedShard
 from sae.activations.cache.records import wait_for_shards
 from sae.activations.cache.writer import write_shards
-from sae.activations.harvest_begun import Begun, begin_harvest, unfinished_again, wait_for_manifest
+from sae.activations.harvest_begun import (
+    Begun,
+    begin_harvest,
+    discard_unless_shards,
+    unfinished_again,
+    wait_for_manifest,
+)
 from sae.activations.ranks import Ranks, launched_ranks
 from sae.activations.source import Source
 from sae.errors import InputError
@@ -60,7 +67,7 @@ def _harvest(source: Source, place: Place, device: str, ranks: Ranks) -> Activat
     if ranks.rank == 0:
         if "rolling" in begun.manifest:
             begun.manifest = unfinished_again(place, begun.manifest)
-        _check_disk(begun)
+        _checked(begun, lambda: _check_disk(begun))
     with begun.producing() as produce:
         write_shards(begun.writer, plan.shards, ranks, produce)
     if ranks.rank == 0:
@@ -82,9 +89,12 @@ def _begin_rolling(begun: Begun, ranks: Ranks) -> None:
     train = [shard for shard in plan.shards if shard.split == "train"]
     held_out = [shard for shard in plan.shards if shard.split == "held_out"]
     rows = itertools.accumulate(plan.n_rows(shard) for shard in train)
-    sample = train[: 1 + sum(n < STATISTICS_ROWS for n in rows)]
-    first = [*held_out, *sample]
-    _check_rolling(begun, first)
+    wanted = 1 + sum(n < STATISTICS_ROWS for n in rows)
+    each = max(plan.n_rows(shard) for shard in train) * row_bytes(begun.writer.d_model, begun.writer.encoding)
+    affordable = (begun.source.disk_bytes() or 0) // 3 // each
+    first = [*held_out, *train[: max(1, min(wanted, affordable))]]
+    if ranks.rank == 0:
+        _checked(begun, lambda: _check_rolling(begun, first))
     with begun.producing() as produce:
         write_shards(begun.writer, first, ranks, produce)
     if ranks.rank > 0:
@@ -93,6 +103,15 @@ def _begin_rolling(begun: Begun, ranks: Ranks) -> None:
     records = wait_for_shards(place, [shard.file for shard in first])
     written = {shard.file: records[shard.file] for shard in held_out}
     begin_rolling_manifest(place, manifest, written, [shard.file for shard in train])
+
+
+def _checked(begun: Begun, check: Callable[[], None]) -> None:
+    """Runs a check; a harvest that it refuses leaves nothing behind but shards of an earlier one."""
+    try:
+        check()
+    except InputError:
+        discard_unless_shards(begun.writer.place)
+        raise
 
 
 def _check_rolling(begun: Begun, first: list[PlannedShard]) -> None:
@@ -107,6 +126,7 @@ def _check_rolling(begun: Begun, first: list[PlannedShard]) -> None:
     limit = source.disk_bytes() or 0
     each = row_bytes(writer.d_model, writer.encoding)
     needed = sum(writer.plan.n_rows(shard) for shard in first) * each
+    apart = sum(writer.plan.n_rows(shard) for shard in first if shard.split == "held_out") * each
     rows = sum(writer.plan.n_rows(shard) for shard in writer.plan.shards)
     print(
         f"cache {writer.place}: {rows:,} rows of {', '.join(writer.d_model)}, {each:,} bytes a row,"
@@ -116,8 +136,8 @@ def _check_rolling(begun: Begun, first: list[PlannedShard]) -> None:
     )
     if needed > limit:
         raise InputError(
-            f"`disk` is {format_bytes(limit)}, but the held-out rows and a first sample of train rows take"
-            f" {format_bytes(needed)}; raise it or lower `held_out`."
+            f"`disk` is {format_bytes(limit)}, but the held-out rows take {format_bytes(apart)} and a first shard"
+            f" of train rows {format_bytes(needed - apart)}; raise it."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -149,6 +150,7 @@ def _begin_anew(
         place.remove(name)  # of other weights: its shards must not be taken for ours
     write_manifest(place, head)  # first, so that the folder is known as ours
     scratch = _scratch(place)
+    manifest: dict[str, Any] | None = None
     try:
         packed = _pack(source, language_model, documents, scratch)
         train = slice(packed.n_train)
@@ -157,15 +159,31 @@ def _begin_anew(
         tensors = {"token_ids": packed.token_ids, "document_ids": packed.document_ids}
         if packed.cached is not None:
             tensors["cached"] = packed.cached
+        _warn_of_few_held_out(packed, source.held_out)
         warn_of_first_position(shown, source.exclude_first_position)
         manifest = {**head, **_description(source, language_model, packed, shown), **identity}
         entry = write_tensors(place, SEQUENCES, tensors)
     finally:
         shutil.rmtree(scratch)
+        if manifest is None:  # what was refused must not stand in the way of a better source
+            place.remove(MANIFEST)
     manifest |= {"tokens_hash": entry["checksum"], "files": [entry]}
     manifest["fingerprint"] = checksum(f"{identity['source_hash']} {entry['checksum']}".encode())
     write_manifest(place, manifest)
     return manifest
+
+
+def _warn_of_few_held_out(packed: PackedTokens, share: float) -> None:
+    """Whole documents are held out: of few long ones, it may be far fewer rows than asked for."""
+    n = len(packed.token_ids)
+    found = (n - packed.n_train) / n
+    if found < share / 2:
+        rows = (n - packed.n_train) * packed.token_ids.shape[1]
+        print(
+            f"warning: {rows:,} rows are held out, {found:.1%} instead of {share:.1%}: documents are held out"
+            " whole, and there are few. Scores will be noisy; raise `n_tokens` or `held_out`.",
+            file=sys.stderr,
+        )
 
 
 def _pack(
@@ -232,6 +250,14 @@ def _planned(
         device=device,
     )
     return Begun(source, language_model, manifest, tensors["token_ids"], writer)
+
+
+def discard_unless_shards(place: Place) -> None:
+    """Removes a harvest that was refused before it had a shard."""
+    names = list(filter(_OURS.fullmatch, place.sizes()))
+    if not any(name.startswith("shard") for name in names):
+        for name in names:
+            place.remove(name)
 
 
 def unfinished_again(place: Place, manifest: dict[str, Any]) -> dict[str, Any]:

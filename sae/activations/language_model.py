@@ -94,7 +94,8 @@ def language_model_of(
     name = manifest.get("model")
     if name is None:
         raise InputError(
-            "the rows of the cache were imported; no language model and no tokens belong to them."
+            "the rows of the cache were imported, and no language model is named for them; import them with"
+            " their token ids and --model to read latents."
         )
     name = elsewhere or name
     language_model = load_language_model(name, device)

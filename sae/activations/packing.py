@@ -21,6 +21,7 @@ from sae.activations.language_model import separator_id
 from sae.activations.source import check_context_has_rows
 from sae.errors import InputError
 
+_PIECE = 4096  # tokens of what passes for a document in a stream that does not separate them
 _TOKENIZED_AT_ONCE = 32  # documents
 _AT_ONCE = 2**20  # tokens in memory
 _LONGEST_VOCABULARY = 2**31  # ids are kept as int32
@@ -65,7 +66,7 @@ def pack(
 
     Args:
         documents: texts, 1-D arrays of token ids, or streams of ids, which are cut into documents before
-            each separator token; empty ones are passed over.
+            each separator token (without any, every 4,096 tokens); empty ones are passed over.
         tokenizer: used without its own special tokens.
         n_tokens: tokens taken from documents over both splits, separators of texts included, the last
             document cut to fit; rows are whole contexts.
@@ -202,7 +203,13 @@ def _tokenized(
 
 
 def _split_stream(ids: np.ndarray, separator: int) -> Iterator[np.ndarray]:
-    """Documents of a stream, each with the separator that it begins with; found piece by piece."""
+    """Documents of a stream, each with the separator that it begins with; found piece by piece.
+
+    A stream without any separator says nothing of documents: it is cut into pieces of one length.
+    """
+    if not any((part == separator).any() for part in _parts(ids)):
+        yield from (ids[begin : begin + _PIECE] for begin in range(0, len(ids), _PIECE))
+        return
     begin, at = 0, 0
     for part in _parts(ids):
         for place in (np.flatnonzero(part == separator) + at).tolist():

@@ -83,7 +83,7 @@ def test_manifest_names_what_the_contract_asks_for(tiny_cache):
 def test_truncated_shard_is_an_error(copied):
     shard = copied / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"shard-00000.* has [\d,]+ bytes, the manifest says"):
+    with pytest.raises(InputError, match=r"shard-00000.* has [\d,]+ bytes instead of [\d,]+;"):
         ActivationCache(copied)
 
 
@@ -138,6 +138,22 @@ def test_checksums_of_earlier_versions_are_understood(copied):
     _flip(copied / "shard-00000.safetensors")
     with pytest.raises(InputError, match="shard-00000"):
         ActivationCache(copied).verify()
+
+
+def test_verify_names_every_damaged_file(copied):
+    for name in ("shard-00001", "moments", "shard-00000"):
+        _flip(copied / f"{name}.safetensors")
+    with pytest.raises(InputError) as error:
+        ActivationCache(copied).verify()
+    assert all(f"{name}.safetensors is damaged" in str(error.value) for name in ("shard-00000", "moments"))
+    assert "shard-00001" in str(error.value) and "order" not in str(error.value)
+
+
+def test_splits_and_batch_sizes_that_do_not_exist_are_errors(tiny_cache):
+    with pytest.raises(InputError, match="`split` must be 'train' or 'held_out', got 'heldout'"):
+        tiny_cache.shards("heldout")
+    with pytest.raises(InputError, match="`batch_size` must be at least 1, got 0"):
+        next(tiny_cache.batches("train", "resid.1", 0))
 
 
 def test_verify_accepts_a_sound_cache(tiny_cache):

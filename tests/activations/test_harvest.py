@@ -496,6 +496,26 @@ def test_disk_that_is_full_before_the_first_shard_is_an_error_too(tiny_source, t
         harvest(tiny_source, tmp_path)
 
 
+def test_a_refused_harvest_does_not_stand_in_the_way_of_the_next(tiny_source, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="asked for, but the data set has only"):
+        harvest(_changed(tiny_source, n_tokens=10**6), tmp_path)
+    assert _files(tmp_path) == {}
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(places_module.shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
+        with pytest.raises(InputError, match="more than is free"):
+            harvest(tiny_source, tmp_path)
+    assert _files(tmp_path) == {}
+    assert harvest(_changed(tiny_source, n_tokens=2000), tmp_path).manifest["finished"]
+
+
+def test_few_held_out_rows_are_warned_of(tiny_source, tmp_path, capsys):
+    harvest(_changed(tiny_source, n_tokens=2000), tmp_path / "few")
+    assert ("rows are held out" in capsys.readouterr().err) == (
+        ActivationCache(tmp_path / "few").n_rows("held_out") < 0.1 * 1984
+    )
+
+
 def test_folder_with_other_files_is_left_alone(tiny_source, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(InputError, match="holds files but no activation cache"):

@@ -307,6 +307,12 @@ def test_split_without_a_context_is_an_error(pack_in, tmp_path):
         pack_in([np.arange(200)], n_tokens=200)
 
 
+def test_a_stream_without_separators_is_cut_into_pieces(pack_in, monkeypatch):
+    monkeypatch.setattr(packing, "_PIECE", 40)
+    packed = pack_in([TokenStream(np.arange(4000) % 200)], n_tokens=4000, context_length=8)
+    assert packed.documents == 100 and 0 < packed.n_train < len(packed.token_ids)
+
+
 @pytest.mark.parametrize("bad", [-1, 300, 2**40])
 def test_ids_that_the_model_does_not_embed_are_an_error_that_names_document_and_id(pack_in, bad):
     documents = [np.array([1, 2]), np.array([3, bad, 4])]

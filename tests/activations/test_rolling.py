@@ -173,7 +173,7 @@ def test_training_on_a_rolling_cache_needs_its_source(tiny_source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"disk": "300kB"}, "`disk` is 300 kB, but the held-out rows and a first sample"),
+        ({"disk": "300kB"}, "`disk` is 300 kB, but the held-out rows take"),
         ({"non_finite": "skip"}, "set `non_finite` to error"),
     ],
 )

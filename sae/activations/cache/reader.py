@@ -71,12 +71,14 @@ class ActivationCache:
 
     def _check_size(self, entry: Mapping[str, Any], size: int | None) -> None:
         if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size:,} bytes"
+            found = "is missing" if size is None else f"has {size:,} bytes instead of {entry['bytes']:,}"
             remake = "run the command that made it again: only what is missing is made"
             again = AGAIN if entry["file"] == SEQUENCES else remake
-            raise InputError(
-                f"{self.place}/{entry['file']} {found}, the manifest says {entry['bytes']:,}; {again}."
-            )
+            raise InputError(f"{self.place}/{entry['file']} {found}; {again}.")
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{self.n_rows(split):,} {split} rows" for split in self._shards)
+        return f"ActivationCache({self.location!r}: {rows} of {', '.join(self.hookpoints)}, {self.encoding.dtype})"
 
     @property
     def location(self) -> str:
@@ -126,7 +128,13 @@ class ActivationCache:
         return sum(shard.rows for shard in self.shards(split))
 
     def shards(self, split: Split) -> list[Shard]:
-        """The shards of a split, in the order written; of a rolling cache's train split those at hand."""
+        """The shards of a split, in the order written; of a rolling cache's train split those at hand.
+
+        Raises:
+            InputError: if there is no such split.
+        """
+        if split not in self._shards:
+            raise InputError(f"`split` must be 'train' or 'held_out', got {split!r}.")
         return self._at_hand() if self.is_rolling and split == "train" else self._shards[split]
 
     def moments(self, hookpoint: str) -> Moments:
@@ -139,6 +147,8 @@ class ActivationCache:
     def batches(self, split: Split, hookpoint: str, batch_size: int) -> Iterator[RowBatch]:
         """All rows of a split once, in the order they lie on disk (held-out: sequence order)."""
         self.check_hookpoint(hookpoint)
+        if batch_size < 1:
+            raise InputError(f"`batch_size` must be at least 1, got {batch_size}.")
         for shard in self.shards(split):
             has_origin = shard.has("sequence")
             for begin in range(0, shard.rows, batch_size):
@@ -162,10 +172,17 @@ class ActivationCache:
         """Reads every file once and compares checksums.
 
         Raises:
-            InputError: naming the first file whose bytes are not those that were written.
+            InputError: naming every file whose bytes are not those that were written.
         """
-        for shard in [*self.shards("train"), *self.shards("held_out")]:
-            shard.check()
-            self.place.release(shard.file)
-        for entry in self.manifest["files"]:
-            check_file(self.place.local(entry["file"]), entry)
+        damaged: list[str] = []
+        for entry in [
+            *(s.entry for split in self._shards for s in self.shards(split)),
+            *self.manifest["files"],
+        ]:
+            try:
+                check_file(self.place.local(entry["file"]), entry)
+            except InputError as error:
+                damaged.append(str(error))
+            self.place.release(entry["file"])
+        if damaged:
+            raise InputError("\n".join(damaged))

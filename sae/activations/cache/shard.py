@@ -33,7 +33,7 @@ class Shard:
         self.file: str = entry["file"]
         self.rows: int = entry["rows"]
         self.n_bytes: int = entry["bytes"]
-        self._entry, self._place, self._encoding = entry, place, encoding
+        self.entry, self._place, self._encoding = entry, place, encoding
         self._mapped: dict[str, Tensor] = {}
         self._checked: tuple[int, int] | None = None
 
@@ -82,7 +82,7 @@ class Shard:
 
     def describe(self, entry: Mapping[str, Any]) -> None:
         """Takes another entry: that of the file as it has been written meanwhile."""
-        self._entry, self.n_bytes = entry, entry["bytes"]
+        self.entry, self.n_bytes = entry, entry["bytes"]
 
     def check(self) -> None:
         """Reads the whole file and compares its checksum.
@@ -91,7 +91,7 @@ class Shard:
             InputError: naming the file, if it is not what was written.
         """
         path = self._place.local(self.file)
-        check_file(path, self._entry)
+        check_file(path, self.entry)
         status = path.stat()
         self._checked = (status.st_ino, status.st_mtime_ns)
 

@@ -282,12 +282,12 @@ def _drop_logger() -> logging.Logger:
 
 
 def exit_on_input_error(command: Callable[[], None]) -> None:
-    """Runs a command; bad input prints its message (once, on rank 0) and exits with status 2."""
+    """Runs a command; bad input prints its message (further ranks with their number), with status 2."""
     try:
         command()
     except (InputError, MisconfigurationException) as error:
-        if getattr(rank_zero_only, "rank", None) in (None, 0):
-            print(f"error: {error}", file=sys.stderr)
+        rank = getattr(rank_zero_only, "rank", None) or 0
+        print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # whoever read the output has enough of it, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -60,7 +60,9 @@ def read_documents(dataset: str) -> Iterator[Document]:
 def _open(dataset: str) -> Iterator[Document]:
     if dataset == "demo":
         return (document.text for document in demo_documents("demo"))
-    paths = sorted(Path(name) for name in glob.glob(dataset, recursive=True))
+    # A file may have a name that looks like a pattern.
+    names = [dataset] if Path(dataset).is_file() else glob.glob(dataset, recursive=True)
+    paths = sorted(map(Path, names))
     if paths:
         return _read_files(paths)
     if dataset.endswith(SUFFIXES) or dataset.startswith(("/", "./", "../", "~")) or "*" in dataset:

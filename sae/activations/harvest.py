@@ -12,6 +12,7 @@ from sae.activations.cache.finish import begin_rolling_manifest, finish_cache
 from sae.activations.cache.places import Place, RemotePlace, explaining_a_full_disk, place_at
 from sae.activations.cache.plan import PlannedShard
 from sae.activations.cache.records import wait_for_shards
+from sae.activations.cache.statistics import wait_for_statistics
 from sae.activations.cache.writer import write_shards
 from sae.activations.harvest_begun import (
     Begun,
@@ -71,7 +72,9 @@ def _harvest(source: Source, place: Place, device: str, ranks: Ranks) -> Activat
     with begun.producing() as produce:
         write_shards(begun.writer, plan.shards, ranks, produce)
     if ranks.rank == 0:
-        finish_cache(place, begun.manifest, plan, wait_for_shards(place, [s.file for s in plan.shards]))
+        records = wait_for_shards(place, [shard.file for shard in plan.shards])
+        wait_for_statistics(place, [shard.file for shard in plan.shards if shard.split == "train"])
+        finish_cache(place, begun.manifest, plan, records)
     else:
         wait_for_manifest(place, begun.manifest["source_hash"], lambda m: bool(m["finished"]))
     return ActivationCache(place)
@@ -101,6 +104,7 @@ def _begin_rolling(begun: Begun, ranks: Ranks) -> None:
         wait_for_manifest(place, manifest["source_hash"], lambda m: "rolling" in m)
         return
     records = wait_for_shards(place, [shard.file for shard in first])
+    wait_for_statistics(place, [shard.file for shard in first if shard.split == "train"])
     written = {shard.file: records[shard.file] for shard in held_out}
     begin_rolling_manifest(place, manifest, written, [shard.file for shard in train])
 
@@ -136,8 +140,8 @@ def _check_rolling(begun: Begun, first: list[PlannedShard]) -> None:
     )
     if needed > limit:
         raise InputError(
-            f"`disk` is {format_bytes(limit)}, but the held-out rows take {format_bytes(apart)} and a first shard"
-            f" of train rows {format_bytes(needed - apart)}; raise it."
+            f"`disk` is {format_bytes(limit)}, but the held-out rows take {format_bytes(apart)} and a first"
+            f" shard of train rows {format_bytes(needed - apart)}; raise it."
         )
 
 

@@ -30,7 +30,8 @@ from sae.activations.cache.format import (
 from sae.activations.cache.places import Place, RemotePlace
 from sae.activations.cache.plan import Plan, contexts_per_shard
 from sae.activations.cache.records import restore_records
-from sae.activations.cache.tensor_file import checksum, write_tensors
+from sae.activations.cache.statistics import remove_partial
+from sae.activations.cache.tensor_file import checked_path, checksum, write_tensors
 from sae.activations.cache.writer import Produce, ShardWriter
 from sae.activations.documents import read_documents
 from sae.activations.hookpoints import check_hookpoints, reading
@@ -150,7 +151,6 @@ def _begin_anew(
         place.remove(name)  # of other weights: its shards must not be taken for ours
     write_manifest(place, head)  # first, so that the folder is known as ours
     scratch = _scratch(place)
-    manifest: dict[str, Any] | None = None
     try:
         packed = _pack(source, language_model, documents, scratch)
         train = slice(packed.n_train)
@@ -161,13 +161,14 @@ def _begin_anew(
             tensors["cached"] = packed.cached
         _warn_of_few_held_out(packed, source.held_out)
         warn_of_first_position(shown, source.exclude_first_position)
-        manifest = {**head, **_description(source, language_model, packed, shown), **identity}
+        described = {**head, **_description(source, language_model, packed, shown), **identity}
         entry = write_tensors(place, SEQUENCES, tensors)
+        manifest = {**described, "tokens_hash": entry["checksum"], "files": [entry]}
+    except BaseException:
+        place.remove(MANIFEST)  # what was refused must not stand in the way of a better source
+        raise
     finally:
         shutil.rmtree(scratch)
-        if manifest is None:  # what was refused must not stand in the way of a better source
-            place.remove(MANIFEST)
-    manifest |= {"tokens_hash": entry["checksum"], "files": [entry]}
     manifest["fingerprint"] = checksum(f"{identity['source_hash']} {entry['checksum']}".encode())
     write_manifest(place, manifest)
     return manifest
@@ -235,7 +236,8 @@ def _planned(
     device: torch.device,
 ) -> Begun:
 
-    with safe_open(place.local(SEQUENCES), framework="pt") as file:
+    (entry,) = [entry for entry in manifest["files"] if entry["file"] == SEQUENCES]
+    with safe_open(checked_path(place, entry), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     counts = [manifest["splits"][split]["sequences"] for split in ("train", "held_out")]
     cached = tensors.get("cached")
@@ -263,6 +265,8 @@ def discard_unless_shards(place: Place) -> None:
 def unfinished_again(place: Place, manifest: dict[str, Any]) -> dict[str, Any]:
     """Of a finished cache that has lost shards, or a rolling one: those that are left count as done."""
     restore_records(place, manifest["shards"])
+    remove_partial(place)  # left by a kill in the last step; the shards are counted again
+    manifest = {key: value for key, value in manifest.items() if key not in ("rolling", "statistics")}
     files = [entry for entry in manifest["files"] if entry["file"] == SEQUENCES]
     manifest = {**manifest, "files": files, "shards": [], "finished": False}
     write_manifest(place, manifest)

@@ -128,11 +128,30 @@ class TrainLoader:
             self._bounded.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and the seed of the order."""
-        return {"step": self._step, "seed": self._seed}
+        """The position, and all that it means: the seed of the order, batches and rows."""
+        return {"step": self._step, "seed": self._seed, **self._meaning()}
+
+    def _meaning(self) -> dict[str, Any]:
+        rows_per_context, shuffle_rows = self._shuffling
+        return {
+            "batch_size": self._batch_size,
+            "shuffle_rows": shuffle_rows,
+            "rows_per_context": rows_per_context,
+            "rows": self._sampler.n_rows,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved position, in the saved order."""
+        """Continues from a saved position, in the saved order.
+
+        Raises:
+            InputError: if a position means something else here than where it was saved.
+        """
+        for name, value in self._meaning().items():
+            if state.get(name, value) != value:
+                raise InputError(
+                    f"the position was saved with {name}={state[name]:,}, here it is {value:,}: rows would"
+                    " repeat or be left out; continue with the saved value."
+                )
         self._step, self._seed = state["step"], state["seed"]
         self._supply.close()
         self._start()

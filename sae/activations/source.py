@@ -71,8 +71,12 @@ class Source:
         return None if self.disk is None else parse_bytes(str(self.disk), "disk")
 
     def identity(self) -> dict[str, Any]:
-        """All that the contents of a cache depend on: equal identities make byte-equal shards."""
-        return {name: value for name, value in asdict(self).items() if name != "disk"}
+        """All that the contents of a cache depend on: equal identities make byte-equal shards.
+
+        Shards that are finished had no rows that are not finite, so they stay good when `non_finite` is
+        changed as the error advises.
+        """
+        return {name: value for name, value in asdict(self).items() if name not in ("disk", "non_finite")}
 
 
 def check_context_has_rows(

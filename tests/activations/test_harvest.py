@@ -18,9 +18,11 @@ import transformers
 from safetensors.torch import load_file
 
 from sae.activations import ActivationCache, Source, harvest
+from sae.activations.cache import finish as finish_module
 from sae.activations.cache import places as places_module
 from sae.activations.cache import plan as plan_module
 from sae.activations.cache import records as records_module
+from sae.activations.cache import statistics as statistics_module
 from sae.activations.hookpoints import residuals
 from sae.activations.language_model import load_language_model
 from sae.activations.ranks import Ranks, launched_ranks
@@ -201,6 +203,66 @@ def test_several_ranks_make_the_same_cache(unbroken, tiny_source, tmp_path, smal
         assert ours.count == theirs.count
         torch.testing.assert_close(ours.second, theirs.second, rtol=1e-12, atol=1e-12)
     assert sorted(_files(tmp_path / "cache")) == sorted(_files(unbroken.location))
+
+
+def test_no_rank_finishes_before_all_are_counted(unbroken, tiny_source, tmp_path, small_shards, monkeypatch):
+    """The sums of a wide model are saved seldom: here only at the end, by a rank that is slow at it."""
+    monkeypatch.setattr(statistics_module, "_SAVED_PER_WRITTEN", 1e-9)
+    real = statistics_module.RunningStatistics.save
+
+    def slow(self):
+        if "00001" in self._file:
+            time.sleep(1.0)
+        real(self)
+
+    monkeypatch.setattr(statistics_module.RunningStatistics, "save", slow)
+    cache = _ranks_harvest(tiny_source, tmp_path, 2)
+    assert cache.moments("resid.1").count == cache.n_rows("train")
+    torch.testing.assert_close(cache.moments("resid.1").second, unbroken.moments("resid.1").second)
+
+
+def test_a_shard_deleted_on_the_way_is_not_counted_twice(tiny_source, tmp_path, small_shards, monkeypatch):
+    writer, calls = begun_module.ShardWriter, []
+    real = writer.write
+
+    def dies(self, *args):
+        calls.append(args)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            harvest(tiny_source, tmp_path)
+    (tmp_path / "shard-00001.safetensors").unlink()
+    cache = harvest(tiny_source, tmp_path)
+    assert cache.moments("resid.1").count == cache.n_rows("train")
+
+
+def test_sums_left_by_a_kill_in_the_last_step_are_not_joined_again(tiny_source, tmp_path, small_shards):
+    harvest(tiny_source, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish_module, "remove_partial", lambda place: None)
+        (tmp_path / "shard-00002.safetensors").unlink()
+        harvest(tiny_source, tmp_path)
+    assert list(tmp_path.glob("*.partial"))
+    (tmp_path / "shard-00003.safetensors").unlink()
+    cache = harvest(tiny_source, tmp_path)
+    assert cache.moments("resid.1").count == cache.n_rows("train")
+
+
+def test_packed_text_is_checked_before_a_harvest_goes_on(tiny_source, tmp_path, small_shards, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(harvest_module, "finish_cache", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            harvest(tiny_source, tmp_path)
+    path = tmp_path / "sequences.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="sequences.safetensors is damaged"):
+        harvest(tiny_source, tmp_path)
 
 
 def test_several_ranks_mend_a_cache_together(unbroken, tiny_source, tmp_path, small_shards):

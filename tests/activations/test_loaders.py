@@ -95,6 +95,20 @@ def test_an_iteration_left_early_loses_nothing(cache):
         assert torch.equal(ours, reference)
 
 
+def test_a_position_of_another_batch_size_is_an_error(cache):
+    state = _loader(cache).state_dict()
+    with pytest.raises(InputError, match="saved with batch_size=64, here it is 32"):
+        _loader(cache, batch_size=32).load_state_dict(state)
+
+
+def test_many_workers_on_short_windows_do_not_wait_for_ever(cache, monkeypatch):
+    monkeypatch.setattr(sampler_module, "MOST_SHARDS_MIXED", 1)
+    expected = _stream(_loader(cache, batch_size=400, workers=0), 60)
+    for _ in range(5):
+        found = _stream(_loader(cache, batch_size=400, workers=4), 60)
+        assert all(map(torch.equal, found, expected))
+
+
 def test_past_shards_are_closed(cache):
     loader = _loader(cache, workers=0)
     for batch in loader:

@@ -155,6 +155,22 @@ def test_a_new_cache_at_an_old_url_is_not_mixed_with_old_copies(tiny_source, tmp
     ActivationCache(url).verify()
 
 
+def test_a_harvest_to_an_old_url_does_not_read_old_tokens(tiny_source, tmp_path, small_shards):
+    url = f"memory://{uuid.uuid4()}/cache"
+    harvest(tiny_source, url)
+    place = place_at(url)
+    stale = {path.name: path.read_bytes() for path in place.fetched.glob("sequences*")}
+    for name in place.sizes():
+        place.remove(name)
+    other = tmp_path / "other.txt"
+    other.write_text(Path(tiny_source.dataset).read_text().replace("red", "old").replace("sea", "mud"))
+    for name, data in stale.items():
+        (place.fetched / name).write_bytes(data)
+    source = dataclasses.replace(tiny_source, dataset=str(other))
+    remote, local = harvest(source, url), harvest(source, tmp_path / "local")
+    assert remote.manifest["shards"] == local.manifest["shards"] and stale
+
+
 def test_a_rolling_cache_cannot_lie_behind_a_url(tiny_source, small_shards):
     source = dataclasses.replace(tiny_source, disk=900_000)
     with pytest.raises(InputError, match="`disk` bounds a cache on this machine"):

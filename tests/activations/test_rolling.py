@@ -140,6 +140,23 @@ def test_a_rolling_cache_becomes_a_whole_one_without_the_bound(plain, tiny_sourc
     torch.testing.assert_close(whole.moments.second, plain.moments.second)
 
 
+def test_a_rolling_cache_killed_on_its_way_to_a_whole_one_does_not_look_whole(
+    tiny_source, tmp_path, monkeypatch
+):
+    _rolling(tmp_path, tiny_source)
+
+    def dies(self, *args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            _opened(tmp_path, _longer(tiny_source))
+    with pytest.raises(InputError, match="is not finished"):
+        ActivationCache(tmp_path)
+    assert _rolling(tmp_path, tiny_source).cache.n_rows("held_out") > 0
+
+
 def test_harvest_interrupted_before_training_continues(plain, tiny_source, tmp_path, monkeypatch):
     real, calls = ShardWriter.write, []
 

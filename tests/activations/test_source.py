@@ -63,8 +63,9 @@ def test_contexts_of_one_token_that_would_hold_nothing_are_an_error(flag):
     Source(context_length=1).check()
 
 
-def test_identity_is_everything_but_the_disk():
+def test_identity_is_everything_that_shards_depend_on():
     source = Source(n_tokens=7)
+    assert source.identity() == dataclasses.replace(source, non_finite="skip").identity()
     assert source.identity() == dataclasses.replace(source, disk="50GB").identity()
     other = {
         "model": "m",
@@ -77,8 +78,7 @@ def test_identity_is_everything_but_the_disk():
         "bos_in_every_context": True,
         "exclude_first_position": True,
         "exclude_special_tokens": True,
-        "non_finite": "skip",
     }
-    assert set(other) | {"disk"} == {field.name for field in dataclasses.fields(Source)}
+    assert set(other) | {"disk", "non_finite"} == {field.name for field in dataclasses.fields(Source)}
     for name, value in other.items():
         assert dataclasses.replace(source, **{name: value}).identity() != source.identity()

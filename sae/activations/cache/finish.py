@@ -14,6 +14,7 @@ from sae.activations.cache.plan import Plan
 from sae.activations.cache.records import remove_records
 from sae.activations.cache.statistics import join_statistics, remove_partial
 from sae.activations.cache.tensor_file import Pieces, write_tensors
+from sae.errors import InputError
 
 
 def finish_cache(
@@ -35,6 +36,13 @@ def finish_cache(
         split: sum(entry["rows"] for entry in entries if entry["split"] == split)
         for split in ("train", "held_out")
     }
+    for name, about in statistics.items():
+        if about["rows"] != rows["train"]:
+            remove_partial(place)
+            raise InputError(
+                f"the statistics of {name} count {about['rows']:,} rows, the train split has"
+                f" {rows['train']:,}; run the same command again: it counts them anew."
+            )
     order = Pieces(torch.int64, (rows["train"],), _order(plan, records))
     written = [write_tensors(place, ORDER, {"order": order}), moments]
     names = {entry["file"] for entry in written}

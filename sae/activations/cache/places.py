@@ -51,6 +51,10 @@ class Place(ABC):
     def local(self, name: str) -> Path:
         """A path of this machine where the file can be read, fetched if need be."""
 
+    def refetch(self, name: str) -> bool:
+        """Fetches a file once more, if what `local` gives is a copy; returns whether it is."""
+        return False
+
     def release(self, name: str) -> None:  # noqa: B027 - most places keep everything
         """Says that a local path is not read any more; a fetched copy may go if room is short."""
 
@@ -86,7 +90,7 @@ class LocalPlace(Place):
         """One call of `stat`."""
         try:
             return (self.folder / name).stat().st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read(self, name: str) -> bytes:
@@ -95,7 +99,10 @@ class LocalPlace(Place):
 
     def write(self, name: str, chunks: Chunks) -> None:
         """Under a temporary name first, synced, then renamed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise InputError(f"`cache` {self.folder} cannot be made a folder: {error}.") from error
         temporary = self.folder / f"{name}.tmp"
         try:
             with temporary.open("wb", buffering=0) as file:
@@ -185,9 +192,11 @@ class RemotePlace(Place):
             file.flush()
             self._fs.makedirs(self._root, exist_ok=True)
             self._fs.put_file(file.name, f"{self._root}/{name}")
+        (self.fetched / name).unlink(missing_ok=True)  # a copy of what was there before
 
     def remove(self, name: str) -> None:
-        """Removes a file."""
+        """Removes a file and its copy."""
+        (self.fetched / name).unlink(missing_ok=True)
         if self._fs.exists(f"{self._root}/{name}"):
             self._fs.rm_file(f"{self._root}/{name}")
 
@@ -208,6 +217,11 @@ class RemotePlace(Place):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def refetch(self, name: str) -> bool:
+        """Replaces the copy."""
+        self.fetch(name)
+        return True
 
     def release(self, name: str) -> None:
         """Removes the copy if all copies take more than the limit."""

@@ -60,7 +60,7 @@ class ActivationCache:
         for entry in [*self.manifest["files"], *self.manifest["shards"]]:
             self._check_size(entry, sizes.get(entry["file"]))
         self.encoding = Encoding.of_manifest(self.manifest)
-        self._shards: dict[str, list[Shard]] = {"train": [], "held_out": []}
+        self._shards: dict[Split, list[Shard]] = {"train": [], "held_out": []}
         for entry in self.manifest["shards"]:
             self._shards[entry["split"]].append(Shard(entry, self.place, self.encoding))
 
@@ -77,8 +77,9 @@ class ActivationCache:
             raise InputError(f"{self.place}/{entry['file']} {found}; {again}.")
 
     def __repr__(self) -> str:
-        rows = ", ".join(f"{self.n_rows(split):,} {split} rows" for split in self._shards)
-        return f"ActivationCache({self.location!r}: {rows} of {', '.join(self.hookpoints)}, {self.encoding.dtype})"
+        rows = f"{self.n_rows('train'):,} train and {self.n_rows('held_out'):,} held-out rows"
+        kind = f"{', '.join(self.hookpoints)}, {self.manifest['dtype']}"
+        return f"ActivationCache({self.location!r}: {rows} of {kind})"
 
     @property
     def location(self) -> str:
@@ -175,10 +176,8 @@ class ActivationCache:
             InputError: naming every file whose bytes are not those that were written.
         """
         damaged: list[str] = []
-        for entry in [
-            *(s.entry for split in self._shards for s in self.shards(split)),
-            *self.manifest["files"],
-        ]:
+        shards = [*self.shards("train"), *self.shards("held_out")]
+        for entry in [*(shard.entry for shard in shards), *self.manifest["files"]]:
             try:
                 check_file(self.place.local(entry["file"]), entry)
             except InputError as error:

@@ -30,7 +30,10 @@ def read_record(place: Place, file: str, sizes: Mapping[str, int]) -> dict[str, 
     """
     if file not in sizes or _name(file) not in sizes:
         return None
-    record = json.loads(place.read(_name(file)))
+    try:
+        record = json.loads(place.read(_name(file)))
+    except FileNotFoundError:  # a rolling cache has just removed it
+        return None
     return record if record["bytes"] == sizes[file] else None
 
 
@@ -59,8 +62,8 @@ def wait_for_shards(place: Place, files: list[str]) -> dict[str, dict[str, Any]]
     while True:
         sizes = place.sizes()
         there = sum(file in sizes and _name(file) in sizes for file in files)
-        if there == len(files):
-            return {file: json.loads(place.read(_name(file))) for file in files}
+        if there == len(files) and len(records := finished_records(place, files)) == len(files):
+            return records
         if there != last:
             last, since = there, time.monotonic()
         if time.monotonic() - since > STALLED_AFTER:

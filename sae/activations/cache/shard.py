@@ -13,7 +13,7 @@ from torch import Tensor
 from sae.activations.cache.encoding import Encoding
 from sae.activations.cache.format import AGAIN, MAKE_MISSING
 from sae.activations.cache.places import Place
-from sae.activations.cache.tensor_file import check_file
+from sae.activations.cache.tensor_file import checked_path
 from sae.errors import InputError
 
 Rows = slice | Int[Tensor, " some"]
@@ -90,8 +90,7 @@ class Shard:
         Raises:
             InputError: naming the file, if it is not what was written.
         """
-        path = self._place.local(self.file)
-        check_file(path, self.entry)
+        path = checked_path(self._place, self.entry)
         status = path.stat()
         self._checked = (status.st_ino, status.st_mtime_ns)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,8 +14,12 @@ from torch import Tensor
 from sae.activations.cache.format import MOMENTS
 from sae.activations.cache.places import Place
 from sae.activations.cache.tensor_file import write_tensors
+from sae.errors import InputError
 from sae.ops.moments import StreamingMoments
 
+STALLED_AFTER = 900.0
+"""Seconds to wait for the sums of other ranks."""
+_POLL = 0.2
 _SAVED_PER_WRITTEN = 1 / 20  # bytes of running sums saved per byte of shards: a second moment may be large
 
 
@@ -60,12 +65,29 @@ def counted_elsewhere(place: Place, rank: int) -> set[str]:
     return {s for file in _partial_files(place) if file != mine for s in _read(place, file, {})[0]}
 
 
+def wait_for_statistics(place: Place, files: Iterable[str]) -> None:
+    """Waits until every shard is counted by the rank that wrote it, which saves its sums last of all.
+
+    Raises:
+        InputError: if nothing comes for a long time, as when another rank has died.
+    """
+    wanted, begin = set(files), time.monotonic()
+    while not wanted <= {s for file in _partial_files(place) for s in _read(place, file, {})[0]}:
+        if time.monotonic() - begin > STALLED_AFTER:
+            raise InputError(
+                f"the statistics of {place} lack shards that other ranks wrote: has one died? Run the same"
+                " command again; it keeps what is finished."
+            )
+        time.sleep(_POLL)
+
+
 def join_statistics(place: Place, hookpoints: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Joins the sums of all ranks into moments.safetensors.
 
     Returns:
         The file's manifest entry, and the `statistics` of the manifest.
     """
+    # The ranks' files are joined, so each shard must have been counted by one of them.
     joined = {name: StreamingMoments() for name in hookpoints}
     for file in _partial_files(place):
         for name, sums in _read(place, file, joined)[1].items():

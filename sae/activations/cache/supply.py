@@ -127,7 +127,7 @@ class ShardSupply:
         """
         first, last = self._window_of(step), self._window_of(step + 1)
         with self._change:
-            self._newest = last
+            self._newest = max(self._newest, last)
             if self._oldest < 0:
                 self._oldest = first
             if self._thread is None:
@@ -136,8 +136,10 @@ class ShardSupply:
             self._change.notify_all()
             needed = {shard for window in range(first, last + 1) for shard in self._shards_of(window)}
             self._change.wait_for(
-                lambda: self._error is not None or all(self._is_ready(shard) for shard in needed)
+                lambda: self._error or self._closed or all(self._is_ready(shard) for shard in needed)
             )
+            if self._closed:
+                raise RuntimeError("the supply of shards was closed while a batch waited for it")
             if self._error is not None:
                 raise self._error
 

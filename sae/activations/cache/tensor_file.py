@@ -102,6 +102,22 @@ def checksum(data: bytes) -> str:
     return f"xxh3:{xxhash.xxh3_128_hexdigest(data)}"
 
 
+def checked_path(place: Place, entry: Mapping[str, Any]) -> Path:
+    """A path of this machine where a file lies as it was written; a stale or damaged copy is fetched anew.
+
+    Raises:
+        InputError: if it is not what was written at its place either.
+    """
+    path = place.local(entry["file"])
+    try:
+        check_file(path, entry)
+    except InputError:
+        if not place.refetch(entry["file"]):
+            raise
+        check_file(path, entry)
+    return path
+
+
 def check_file(path: Path, entry: Mapping[str, Any]) -> None:
     """Reads a file once and compares it with its manifest entry.
 

@@ -176,7 +176,7 @@ def write_shards(writer: ShardWriter, shards: list[PlannedShard], ranks: Ranks, 
 
     def finish(shard: PlannedShard, filled: Filled) -> None:
         record = writer.write(shard, filled)
-        if shard.split == "train":
+        if shard.split == "train" and shard.file not in counted:  # one that was lost may be counted already
             statistics.add(shard.file, writer.moments(filled.tensors), record["bytes"])
 
     total = sum(writer.plan.n_rows(shard) for shard in mine)

@@ -18,6 +18,7 @@ from sae.activations.cache.format import SEQUENCES, has_manifest, write_manifest
 from sae.activations.cache.places import Place, explaining_a_full_disk, place_at
 from sae.activations.cache.plan import Plan, contexts_per_shard
 from sae.activations.cache.records import finished_records, restore_records
+from sae.activations.cache.statistics import remove_partial
 from sae.activations.cache.tensor_file import Pieces, checksum, write_tensors
 from sae.activations.cache.writer import ShardWriter, write_shards
 from sae.activations.exchange.array_files import Given, open_array
@@ -173,6 +174,7 @@ def _go_on(place: Place, manifest: dict[str, Any]) -> dict[str, Any]:
         return manifest
     if manifest["finished"]:
         restore_records(place, manifest["shards"])
+        remove_partial(place)
     files = [
         entry
         for entry in manifest["files"]

@@ -190,6 +190,13 @@ _SHARD = {"file": "s.safetensors", "split": "train", "rows": 1, "bytes": 1, "che
         ({"shards": [_SHARD | {"checksum": "crc:1"}]}, "checksum of unknown kind 'crc'"),
         ({"shards": [_SHARD | {"split": "test"}]}, "is incomplete"),
         ({"shards": [_SHARD | {"bytes": "1"}]}, "is incomplete"),
+        ({"dtype": "float9"}, "is incomplete .`dtype` is 'float9'"),
+        ({"d_model": 5}, "is incomplete"),
+        ({"d_model": {"resid.1": "16", "resid.3": 16}}, "`d_model` of resid.1 is '16'"),
+        ({"statistics": {}}, "is incomplete"),
+        ({"splits": None}, "is incomplete"),
+        ({"rolling": 3}, "is incomplete"),
+        ({"rolling": {"train": ["../x"]}}, "`rolling` names '../x'"),
     ],
 )
 def test_manifests_that_cannot_be_used_are_errors(copied, changes, match):

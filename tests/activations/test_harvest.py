@@ -125,6 +125,18 @@ def test_int8_rows_are_within_half_a_step(tiny_cache, tiny_source, tmp_path):
     assert cache.manifest["shards"][0]["bytes"] < tiny_cache.manifest["shards"][0]["bytes"] / 2
 
 
+def test_int8_keeps_coordinates_that_stand_out_apart(tiny_source, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_source.model)
+    model.transformer.wpe.weight.data[:, 3] += 80
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(tiny_source.model).save_pretrained(tmp_path / "model")
+    source = _changed(tiny_source, model=str(tmp_path / "model"), n_tokens=3000)
+    exact, cache = harvest(source, tmp_path / "a"), harvest(_changed(source, dtype="int8"), tmp_path / "b")
+    assert cache.manifest["outliers"]["resid.1"] == [3]
+    x, y = (next(c.batches("held_out", "resid.1", 500)).x for c in (exact, cache))
+    assert torch.equal(x[:, 3], y[:, 3]) and (x - y).abs().max() < x[:, [0, 1, 2, 4]].abs().max() / 100
+
+
 def test_excluded_rows_are_left_out_and_the_others_are_not_changed(tiny_cache, tiny_source, tmp_path):
     source = _changed(tiny_source, exclude_first_position=True, exclude_special_tokens=True)
     cache = harvest(source, tmp_path / "cache")

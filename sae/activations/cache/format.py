@@ -100,3 +100,20 @@ def _check_entries(path: str, manifest: Mapping[str, Any]) -> None:
             raise TypeError(f"shard {shard['file']} is described as {dict(shard)!r}")
     for key in ("hookpoints", "d_model", "dtype"):
         manifest[key]
+    if manifest.get("finished") or "rolling" in manifest:
+        _check_rows(manifest)
+
+
+def _check_rows(manifest: Mapping[str, Any]) -> None:
+    """Raises TypeError or KeyError unless the rows of a cache to be read are described."""
+    if not isinstance(getattr(torch, str(manifest["dtype"]), None), torch.dtype):
+        raise TypeError(f"`dtype` is {manifest['dtype']!r}")
+    for name in manifest["hookpoints"]:
+        if not isinstance(manifest["d_model"][name], int):
+            raise TypeError(f"`d_model` of {name} is {manifest['d_model'][name]!r}")
+        manifest["statistics"][name]
+    for split in ("train", "held_out"):
+        manifest["splits"][split]
+    for name in manifest.get("rolling", {"train": []})["train"]:
+        if Path(name).name != name:
+            raise TypeError(f"`rolling` names {name!r}")

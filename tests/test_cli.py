@@ -276,7 +276,7 @@ def test_training_from_imported_rows_needs_no_language_model(config, tmp_path, c
     main(["--config", str(config), *arguments])
     metrics = _metrics(tmp_path)
     assert metrics["d_model"] == 8 and metrics["fvu_without_first_position"] is None
-    assert "no tokens belong to them" in capsys.readouterr().out
+    assert "no language model is named for them" in capsys.readouterr().out
 
 
 def test_weights_do_not_depend_on_what_was_drawn_before_training(config, tmp_path, monkeypatch):

@@ -125,8 +125,9 @@ class ShardSupply:
         Raises:
             InputError: if a shard is damaged or cannot be had.
         """
-        first, last = self._window_of(step), self._window_of(step + 1)
         with self._change:
+            # Under the lock: the schedule keeps its last window, and several threads ask for theirs.
+            first, last = self._window_of(step), self._window_of(step + 1)
             self._newest = max(self._newest, last)
             if self._oldest < 0:
                 self._oldest = first

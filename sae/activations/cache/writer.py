@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import threadpoolctl
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -181,7 +182,9 @@ def write_shards(writer: ShardWriter, shards: list[PlannedShard], ranks: Ranks, 
 
     total = sum(writer.plan.n_rows(shard) for shard in mine)
     bar = tqdm(total=total, desc=writer.doing, unit=" rows", unit_scale=True, position=ranks.rank)
-    with bar, background_threads(1, "sae-writer") as thread:
+    # Moments are products of numpy arrays, whose threads would fight with the model's.
+    one_core = threadpoolctl.threadpool_limits(1, user_api="blas")
+    with bar, one_core, background_threads(1, "sae-writer") as thread:
         pending: Future[None] | None = None
         for shard in mine:
             record = done.get(shard.file)

@@ -11,7 +11,13 @@ resumes an unfinished run and shows a finished one; `--fresh` starts over.
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+
+# The imports below take seconds. A signal in that time waits until somebody handles it: by default SIGUSR1,
+# which a cluster sends before it takes the node away, would kill the process and with it the job.
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -31,7 +37,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"{folder} is finished; --fresh starts over, a larger trainer.max_steps continues it.")
     else:
         cli.datamodule.prepare_data()  # makes the cache, by all ranks that torchrun or srun started
-        check_and_discard(cli)
+        check_and_discard(cli, starts_over=checkpoint is None)
         if checkpoint:
             rank_zero_only(print)(f"resuming from {checkpoint}")
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -40,12 +46,12 @@ def main(args: list[str] | None = None) -> None:
 
 
 @rank_zero_only
-def check_and_discard(cli: SaeCLI) -> None:
-    """Checks that training can start; only then a run that is to be started over is discarded."""
+def check_and_discard(cli: SaeCLI, starts_over: bool) -> None:
+    """Checks that training can start; only then a run that starts over is discarded."""
     cli.datamodule.setup()
     cli.datamodule.train_dataloader()
     cli.datamodule.teardown("fit")
-    if cli.config.fresh:
+    if starts_over:
         discard_run(cli.run_folder)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,13 +19,14 @@ import lightning
 import yaml
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from sae.activations import ActivationDataModule
-from sae.callbacks import (  # the first two for their short names
+from sae.callbacks import (  # the baselines for their short names
+    Checkpoints,
     NMFBaseline,
     PCABaseline,
     RunFolder,
@@ -32,8 +35,10 @@ from sae.callbacks import (  # the first two for their short names
     Throughput,
     TrainingBar,
 )
-from sae.errors import InputError
+from sae.checkpoints import WholeCheckpoints
+from sae.errors import InputError, RunError
 from sae.files import write_atomically
+from sae.signals import STOP_SIGNALS, Stopped, requeue_slurm_job
 from sae.training import SparseAutoencoderModule
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -93,6 +98,12 @@ class SaeCLI(LightningCLI):
         parser.add_argument(
             "--fresh", type=bool, default=False, help="Start over: discard what the run folder has."
         )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=500,
+            help="Steps between checkpoints: what a killed process loses at most.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses `args`, or the command line."""
@@ -124,7 +135,7 @@ class SaeCLI(LightningCLI):
             TensorBoardPanels(),
         ]
         if config.enable_checkpointing is not False:
-            extra.append(_Checkpoints(root / "checkpoints"))
+            extra.append(Checkpoints(root / "checkpoints", self.config.checkpoint_every))
         listed = config.callbacks or []
         callbacks = [*(listed if isinstance(listed, list) else [listed]), *extra]
         if config.enable_progress_bar is not False:
@@ -133,8 +144,15 @@ class SaeCLI(LightningCLI):
         self.config_init.trainer.callbacks = None
         if config.logger is None or config.logger is True:
             kwargs["logger"] = TensorBoardLogger(str(root), name="tensorboard", version="")
-        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        plugins = config.plugins or []
+        self.config_init.trainer.plugins = None
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpoints()]
+        trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         self.model.check_trainer(trainer)
+        if isinstance(trainer.strategy, DDPStrategy):
+            # Gradients lie in the buckets that are sent, and buffers are equal on all ranks by themselves.
+            defaults = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+            trainer.strategy._ddp_kwargs = defaults | trainer.strategy._ddp_kwargs
         return trainer
 
     @property
@@ -154,26 +172,6 @@ class SaeCLI(LightningCLI):
     def save_config(self, path: Path) -> None:
         """Writes the whole configuration, readable by `--config`."""
         write_atomically(path, yaml.safe_dump(self.config_values, sort_keys=False).encode())
-
-
-class _Checkpoints(ModelCheckpoint):
-    """checkpoints/last.ckpt after every validation, best.ckpt by held-out FVU."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(
-            dirpath=folder,
-            filename="best",
-            monitor="val/fvu",
-            mode="min",
-            save_last=True,
-            enable_version_counter=False,
-        )
-
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Without Lightning's warning that the folder is not empty: a resumed run's never is."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*exists and is not empty")
-            super().setup(*args, **kwargs)
 
 
 class _FindConfig(ActionConfigFile):
@@ -266,6 +264,7 @@ def _hush_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # a login node has it too
 
 
 def _drop_logger() -> logging.Logger:
@@ -282,16 +281,45 @@ def _drop_logger() -> logging.Logger:
 
 
 def exit_on_input_error(command: Callable[[], None]) -> None:
-    """Runs a command; bad input prints its message (further ranks with their number), with status 2."""
+    """Runs a command; what went wrong is said in a line or two, further ranks with their number.
+
+    The exit status is 2 for bad input, 1 for a run that went wrong, 128 + n after signal n; after SIGUSR1 the
+    SLURM job is back in the queue.
+    """
+    rank = rank_zero_only.rank or 0
     try:
+        STOP_SIGNALS.install()
         command()
-    except (InputError, MisconfigurationException) as error:
-        rank = getattr(rank_zero_only, "rank", None) or 0
-        print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, RunError, MisconfigurationException) as error:
+        _say(f"error: {error}")
+        sys.exit(1 if isinstance(error, RunError) else 2)
     except BrokenPipeError:  # whoever read the output has enough of it, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _say(f"error: {error}; what was finished is kept. Make room and run the same command again.")
+        sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from what is finished.", file=sys.stderr)
+        _say("\ninterrupted; the same command continues from what is finished.")
         sys.exit(130)
+    except Stopped as stop:
+        if rank == 0:
+            _say(f"\n{stop}; the same command continues.")
+            if stop.signum == signal.SIGUSR1:
+                _requeue()
+        sys.exit(128 + stop.signum)
+
+
+def _say(message: str) -> None:
+    rank = rank_zero_only.rank or 0
+    print(f"[rank {rank}] {message}" if rank else message, file=sys.stderr, flush=True)
+
+
+def _requeue() -> None:
+    try:
+        requeue_slurm_job()
+    except (OSError, RuntimeError) as error:
+        _say(f"the job was not requeued: {error}")
+        sys.exit(1)

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right: bad values, files, folders."""
+"""The exceptions for what a user can put right: bad values, files, folders; and a run that went wrong."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,14 @@ class InputError(ValueError):
     The commands catch it, print the message alone and exit with status 2; in a notebook it is an
     ordinary `ValueError`.
     """
+
+
+class RunError(RuntimeError):
+    """A run that was well described and went wrong: training diverged, the disk is full, a port is taken.
+
+    The commands print the message alone and exit with status 1.
+    """
+
+
+class DivergedError(RunError):
+    """The loss or its gradient is not finite; the weights are still those of the step before."""

@@ -19,6 +19,7 @@ from sae.activations.contexts import cached_positions, token_ids_of
 from sae.activations.datamodule import cache_folder
 from sae.activations.language_model import language_model_of, weights_hash
 from sae.activations.source import Source
+from sae.checkpoints import newest_whole, read_checkpoint
 from sae.dictionaries import Dictionary, load_dictionary
 from sae.errors import InputError
 from sae.inspection import Evidence, Reading, gather_evidence
@@ -31,6 +32,7 @@ OUTPUTS = (
     "evidence.safetensors",
     "checkpoints",
     "dictionary",
+    "before_divergence",
     "tensorboard",
     "report",
     "report.tmp",
@@ -60,7 +62,8 @@ def checkpoint_to_resume(folder: Path, config: dict[str, Any]) -> Path | None:
     """The checkpoint that a run of `config` in this folder continues from; None if there is none.
 
     Raises:
-        InputError: if the folder holds a run whose `model` or `data` differ (the keys are named).
+        InputError: if the folder holds a run whose `model` or `data` differ (the keys are named), or its
+            checkpoints are torn.
     """
     if not (folder / "config.yaml").is_file():
         return None
@@ -73,8 +76,7 @@ def checkpoint_to_resume(folder: Path, config: dict[str, Any]) -> Path | None:
             f"{folder} holds a run with another configuration; it differs in {', '.join(differing)}. Give"
             " another `trainer.default_root_dir`, or `--fresh` to start over."
         )
-    last = folder / "checkpoints" / "last.ckpt"
-    return last if last.is_file() else None
+    return newest_whole(folder / "checkpoints")
 
 
 def is_finished(folder: Path, config: dict[str, Any]) -> bool:
@@ -208,7 +210,7 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
     trained = (folder / "dictionary" / "config.json").is_file()
     if read_metrics(folder).get("finished") and trained:
         dictionary = load_dictionary(folder)
-    elif trained and not (folder / "checkpoints" / "last.ckpt").is_file():
+    elif trained and newest_whole(folder / "checkpoints") is None:
         dictionary = load_dictionary(folder)
         unfinished = "This run is unfinished: its dictionary was trained, but not yet scored."
     else:
@@ -225,13 +227,13 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
 
 def _dictionary_of_checkpoint(folder: Path, config: dict[str, Any], d_model: int) -> tuple[Dictionary, int]:
     """The dictionary of an unfinished run as of its last checkpoint, and the step of that."""
-    path = folder / "checkpoints" / "last.ckpt"
-    if not path.is_file():
+    path = newest_whole(folder / "checkpoints")
+    if path is None:
         raise InputError(
             f"{folder} has no dictionary yet, and no checkpoint: it stopped before its first validation; run"
             " the same train.py command again."
         )
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     described = config["model"]["dictionary"]
     kind = Dictionary.kinds[described["class_path"].rpartition(".")[2]]
     dictionary = kind(d_model, **described["init_args"])

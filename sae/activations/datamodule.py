@@ -58,6 +58,7 @@ class ActivationDataModule(lightning.LightningDataModule):
         self.local_disk = parse_bytes(str(local_disk), "local_disk")
         self._loader: TrainLoader | None = None
         self._moments: Moments | None = None
+        self._position: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         """Harvests the cache where it is missing or unfinished.
@@ -97,7 +98,7 @@ class ActivationDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches of the train split, resumable."""
         trainer = self.trainer
-        ranks = Ranks(trainer.global_rank, trainer.world_size) if trainer else ALONE
+        ranks = self._ranks
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         bounded = self._bounded(device, ranks)
         self._loader = TrainLoader(
@@ -112,7 +113,26 @@ class ActivationDataModule(lightning.LightningDataModule):
             pin_memory=device.type == "cuda",
             bounded=bounded,
         )
+        if self._position:
+            self._loader.load_state_dict(self._position)
+            self._position = {}
         return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in the order of rows: after the batches finished, not those fetched."""
+        if self._loader is None or self.trainer is None:
+            return {}
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        return {**self._loader.state_dict(), "step": done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remembers where the next `train_dataloader` begins."""
+        self._position = state_dict
+
+    @property
+    def _ranks(self) -> Ranks:
+        """This process among those that train together."""
+        return Ranks(self.trainer.global_rank, self.trainer.world_size) if self.trainer else ALONE
 
     def _bounded(self, device: torch.device, ranks: Ranks) -> Bounded | None:
         """Where train shards come and go, if they do."""
@@ -135,8 +155,8 @@ class ActivationDataModule(lightning.LightningDataModule):
             self._loader = None
 
     def val_dataloader(self) -> HeldOutLoader:
-        """The held-out split in sequence order."""
-        return HeldOutLoader(self.cache, self.hookpoint, self.batch_size)
+        """The held-out split in sequence order; ranks share every batch."""
+        return HeldOutLoader(self.cache, self.hookpoint, self.batch_size, self._ranks)
 
     def test_dataloader(self) -> HeldOutLoader:
         """The same rows as in validation."""

@@ -187,10 +187,10 @@ class TrainLoader:
 
 
 class HeldOutLoader:
-    """All held-out rows, in sequence order."""
+    """All held-out rows, in sequence order; several ranks share every batch."""
 
-    def __init__(self, cache: ActivationCache, hookpoint: str, batch_size: int) -> None:
-        self._cache, self._hookpoint, self._batch_size = cache, hookpoint, batch_size
+    def __init__(self, cache: ActivationCache, hookpoint: str, batch_size: int, ranks: Ranks = ALONE) -> None:
+        self._cache, self._hookpoint, self._batch_size, self._ranks = cache, hookpoint, batch_size, ranks
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -198,4 +198,4 @@ class HeldOutLoader:
 
     def __iter__(self) -> Iterator[RowBatch]:
         """The batches, each with the origin of its rows."""
-        return self._cache.batches("held_out", self._hookpoint, self._batch_size)
+        return self._cache.batches("held_out", self._hookpoint, self._batch_size, self._ranks)

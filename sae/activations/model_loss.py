@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sae.activations.hookpoints import visiting, without_cache
 from sae.activations.language_model import causal_head
 from sae.errors import InputError
+from sae.ops.group import Group
 
 Replacement = Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, "rows d_model"]]
 """What goes in place of rows of the residual stream; float32 in, any float dtype out."""
@@ -37,7 +38,31 @@ class ModelLoss(NamedTuple):
     """KL divergence from the clean to the changed next-token distribution, nats."""
 
 
-@torch.inference_mode()
+class ContextLosses(NamedTuple):
+    """What was measured on each context; float64, nats."""
+
+    clean: Float64[Tensor, " contexts"]
+    """Cross entropy of the model as it is."""
+    changed: dict[str, Float64[Tensor, " contexts"]]
+    """With each replacement."""
+    divergence: dict[str, Float64[Tensor, " contexts"]]
+    """KL from the clean to the changed predictions."""
+
+    def gathered(self, group: Group) -> ContextLosses:
+        """With the contexts of all ranks."""
+        return ContextLosses(
+            group.gather(self.clean),
+            {name: group.gather(each) for name, each in self.changed.items()},
+            {name: group.gather(each) for name, each in self.divergence.items()},
+        )
+
+    def means(self) -> tuple[float, dict[str, ModelLoss]]:
+        """Cross entropy of the model as it is, and what each replacement does."""
+        return float(self.clean.mean()), {
+            name: _loss(self.clean, self.changed[name], self.divergence[name]) for name in self.changed
+        }
+
+
 def model_losses(
     model: PreTrainedModel,
     hookpoint: str,
@@ -45,6 +70,18 @@ def model_losses(
     replacements: Mapping[str, Replacement],
     cached: Bool[Tensor, "sequences context"] | None = None,
 ) -> tuple[float, dict[str, ModelLoss]]:
+    """Cross entropy (nats) of the model as it is, and with each replacement: `context_losses`, averaged."""
+    return context_losses(model, hookpoint, token_ids, replacements, cached).means()
+
+
+@torch.inference_mode()
+def context_losses(
+    model: PreTrainedModel,
+    hookpoint: str,
+    token_ids: Int[Tensor, "sequences context"],
+    replacements: Mapping[str, Replacement],
+    cached: Bool[Tensor, "sequences context"] | None = None,
+) -> ContextLosses:
     """Cross entropy (nats) of the model as it is, and with each replacement at the hookpoint.
 
     Every token of every context is predicted from those before it in the context, the first excepted;
@@ -87,10 +124,11 @@ def model_losses(
             changed[name].append(_cross_entropy(of_changed, ids))
             kl = (of_clean.exp() * (of_clean - of_changed)).sum(-1)
             divergence[name].append(kl.double().mean(-1))
-    baseline = torch.cat(clean)
-    return float(baseline.mean()), {
-        name: _loss(baseline, torch.cat(changed[name]), torch.cat(divergence[name])) for name in replacements
-    }
+    return ContextLosses(
+        torch.cat(clean),
+        {name: torch.cat(each) for name, each in changed.items()},
+        {name: torch.cat(each) for name, each in divergence.items()},
+    )
 
 
 def _log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:

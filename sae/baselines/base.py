@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.dictionaries.base import Dictionary
 from sae.errors import InputError
+from sae.ops.group import ALONE, Group
 from sae.ops.moments import Moments
 from sae.ops.sparse import SparseLatents, sparse_decode
 
@@ -32,13 +33,15 @@ class Baseline(Dictionary):
         self.register_buffer("fitted", torch.tensor(False))
 
     @abstractmethod
-    def fit(self, batches: Iterable[Tensor], moments: Moments) -> Baseline:
+    def fit(self, batches: Iterable[Tensor], moments: Moments, group: Group = ALONE) -> Baseline:
         """Learns from rows.
 
         Args:
             batches: Rows (rows, d_model) of any float dtype, in raw units; every `iter(batches)` is
                 one full pass, always in the same order.
             moments: Exact moments of the same rows.
+            group: Ranks that share the work; all must call this, with the same rows. Each ends with
+                what one rank would have found.
         """
 
     @abstractmethod

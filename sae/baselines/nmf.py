@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sae.baselines.base import Baseline
 from sae.errors import InputError
+from sae.ops.group import ALONE, Group
 from sae.ops.moments import Moments
 from sae.ops.nonnegative import nonnegative_codes
 from sae.ops.pursuit import nonnegative_pursuit
@@ -94,10 +95,11 @@ class NMF(Baseline):
         return self._signed()[0]
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor], moments: Moments) -> NMF:
+    def fit(self, batches: Iterable[Tensor], moments: Moments, group: Group = ALONE) -> NMF:
         """Learns the components; warns where `passes` ends it before `tolerance` does.
 
         Rows should come well mixed, as a cache gives them: of rows sorted by kind the first are forgotten.
+        Ranks share the codes of every mini-batch and add up its statistics.
         """
         self._start_fit(moments)
         if iter(batches) is batches:
@@ -105,7 +107,9 @@ class NMF(Baseline):
         head = next(self._split_rows(batches, _START_ROWS), None)
         if head is None:
             raise InputError("`batches` must give at least one row, got none.")
-        learner = _Learner(_start(head, self.n_latents, torch.Generator().manual_seed(self.seed)))
+        start = _start(head, self.n_latents, torch.Generator().manual_seed(self.seed))
+        group.of_first_(start)  # other machines may round otherwise
+        learner = _Learner(start, group)
         n_rows = sum(len(rows) for rows in batches)  # the moments may be of more
         size = min(max(n_rows // 64, _MIN_ROWS), _MAX_ROWS)
         before, fall = torch.inf, 1.0
@@ -122,6 +126,7 @@ class NMF(Baseline):
                 stacklevel=3,  # past the wrapper of no_grad
             )
         self.components.copy_(F.normalize(learner.components, dim=1))
+        group.of_first_(self.components)
         self.fitted.fill_(True)
         return self
 
@@ -192,8 +197,8 @@ class NMF(Baseline):
 class _Learner:
     """Components and the fading sums ZᵀZ and ZᵀX that they are fitted to."""
 
-    def __init__(self, components: Tensor) -> None:
-        self.components = components
+    def __init__(self, components: Tensor, group: Group) -> None:
+        self.components, self._group = components, group
         n_latents = len(components)
         self._codes_codes = components.new_zeros(n_latents, n_latents)
         self._codes_rows = torch.zeros_like(components)
@@ -202,20 +207,26 @@ class _Learner:
 
     def learn(self, mini_batches: Iterator[Tensor], pass_rows: int) -> float:
         """One pass; the objective with the components that each mini-batch met."""
-        error = total = 0.0
-        for rows in mini_batches:
+        sums = torch.zeros(2, dtype=torch.float64, device=self.components.device)
+        for mini_batch in mini_batches:
+            rows = self._group.share(mini_batch)
             gram, correlations = self.components @ self.components.T, rows @ self.components.T
             codes = nonnegative_codes(gram, correlations, steps=_CODE_STEPS, tolerance=1e-4)
             # |x - zH|² = |x|² - z·(2c - zG): no (rows, 2 d_model) reconstruction is made.
-            energy = rows.square().sum(dtype=torch.float64).item()
-            error += energy - (codes * (2 * correlations - codes @ gram)).sum(dtype=torch.float64).item()
-            total += energy
-            self._seen += len(rows)
-            self.memory = min(pass_rows, max(len(rows), self._seen / _MEMORY_SHARE))
-            keep = max(0.0, 1 - len(rows) / self.memory)
-            self._codes_codes.mul_(keep).addmm_(codes.T, codes)
-            self._codes_rows.mul_(keep).addmm_(codes.T, rows)
+            energy = rows.square().sum(dtype=torch.float64)
+            explained = (codes * (2 * correlations - codes @ gram)).sum(dtype=torch.float64)
+            sums += torch.stack([energy - explained, energy])
+            codes_codes, codes_rows = codes.T @ codes, codes.T @ rows
+            self._group.sum_(codes_codes, codes_rows)
+            n_rows = len(mini_batch)
+            self._seen += n_rows
+            self.memory = min(pass_rows, max(n_rows, self._seen / _MEMORY_SHARE))
+            keep = max(0.0, 1 - n_rows / self.memory)
+            self._codes_codes.mul_(keep).add_(codes_codes)
+            self._codes_rows.mul_(keep).add_(codes_rows)
             self._update()
+        self._group.sum_(sums)
+        error, total = sums.tolist()
         return max(error / total, 0.0)
 
     def _update(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.baselines.base import Baseline
 from sae.errors import InputError
+from sae.ops.group import ALONE, Group
 from sae.ops.moments import Moments
 from sae.ops.pursuit import largest_codes
 from sae.ops.sparse import SparseLatents
@@ -64,7 +65,7 @@ class PCA(Baseline):
         return self.components
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor], moments: Moments) -> PCA:
+    def fit(self, batches: Iterable[Tensor], moments: Moments, group: Group = ALONE) -> PCA:
         """Takes the basis from `moments` alone; the rows need not be read again."""
         self._start_fit(moments)
         variances, vectors = torch.linalg.eigh(moments.covariance)
@@ -73,6 +74,7 @@ class PCA(Baseline):
         self.components.copy_((rows * largest.sign())[: self.n_latents])
         # Rounding can leave an eigenvalue of a flat direction just below zero.
         self.variances.copy_(variances.flip(0).clamp(min=0))
+        group.of_first_(self.components, self.variances)  # other machines may round otherwise
         self.fitted.fill_(True)
         return self
 

@@ -1,6 +1,7 @@
 """Lightning callbacks: baselines beside the autoencoder, throughput, the run folder, TensorBoard."""
 
 from sae.callbacks.baselines import NMFBaseline, PCABaseline
+from sae.callbacks.checkpoints import Checkpoints
 from sae.callbacks.progress import TrainingBar
 from sae.callbacks.run_folder import RunFolder
 from sae.callbacks.spliced_loss import SplicedLoss
@@ -8,6 +9,7 @@ from sae.callbacks.tensorboard import TensorBoardPanels
 from sae.callbacks.throughput import Throughput
 
 __all__ = [
+    "Checkpoints",
     "NMFBaseline",
     "PCABaseline",
     "RunFolder",

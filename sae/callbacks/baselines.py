@@ -17,6 +17,7 @@ from sae.activations import ActivationDataModule
 from sae.activations.cache import RowBatch
 from sae.baselines import NMF, PCA, Baseline
 from sae.errors import InputError
+from sae.ops.group import ALONE, Group
 from sae.ops.metrics import ReconstructionMetrics, ReconstructionScores
 from sae.ops.sparse import SparseLatents
 from sae.training import SparseAutoencoderModule
@@ -40,11 +41,35 @@ class BaselineCallback(lightning.Callback):
         self._n_components = n_components
         self._curve_at = curve
         self._max_rows = max_rows
+        self._settings = {"n_components": n_components, "curve": curve, "max_rows": max_rows}
         self._fitted: Baseline | None = None
         self._fit_s = 0.0
         self._curve: dict[str, float | None] = {}
         self._scores: dict[int, ReconstructionScores] = {}
         self._at: int | None = None
+        self._logged_at: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fit and its scores, so that a resumed run need not fit again."""
+        return {
+            "settings": self._settings,
+            "fitted": None if self._fitted is None else self._fitted.state_dict(),
+            "shape": None if self._fitted is None else [self._fitted.d_model, self._fitted.n_latents],
+            "fit_s": self._fit_s,
+            "curve": self._curve,
+            "scores": {k: scores._asdict() for k, scores in self._scores.items()},
+            "logged_at": self._logged_at,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them, unless the baseline has been described anew since."""
+        if state_dict["fitted"] is None or state_dict["settings"] != self._settings:
+            return
+        self._fitted = self.make(*state_dict["shape"])
+        self._fitted.load_state_dict(state_dict["fitted"])
+        self._fit_s, self._curve = state_dict["fit_s"], state_dict["curve"]
+        self._scores = {k: ReconstructionScores(**scores) for k, scores in state_dict["scores"].items()}
+        self._logged_at = state_dict["logged_at"]
 
     @abstractmethod
     def make(self, d_model: int, n_components: int | None) -> Baseline:
@@ -82,17 +107,20 @@ class BaselineCallback(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Fits the baseline, and its curve over the number of components."""
-        if self._fitted is not None:
-            return
         data, device = _datamodule(trainer), pl_module.device
+        if self._fitted is not None:  # it came with the checkpoint
+            self._fitted.to(device)
+            return
+        group = Group.of_training(device)
         curve_at = [data.d_model // part for part in (8, 4, 2)] if self._curve_at is None else self._curve_at
         numbers = [self._n_components, *sorted({max(1, r) for r in curve_at})]
-        for r in tqdm(numbers, desc=f"fit {self.name}", leave=False):
+        hidden = not trainer.is_global_zero
+        for r in tqdm(numbers, desc=f"fit {self.name}", leave=False, disable=hidden):
             begin = time.perf_counter()
-            fitted = self._fit(data, r, device)
+            fitted = self._fit(data, r, device, group)
             if self._fitted is None:
                 self._fitted, self._fit_s = fitted, time.perf_counter() - begin
-            self._curve[str(fitted.n_latents)] = _score(fitted, data, None).fvu
+            self._curve[str(fitted.n_latents)] = _score(fitted, data, None, group).fvu
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Scores the baseline at the L0 that the autoencoder has now."""
@@ -107,17 +135,23 @@ class BaselineCallback(lightning.Callback):
         assert pl_module.scores is not None, "scored before the first validation"
         k = max(1, round(pl_module.scores.l0))
         if k not in self._scores:
-            self._scores[k] = _score(self.baseline, _datamodule(trainer), k)
+            group = Group.of_training(pl_module.device)
+            self._scores[k] = _score(self.baseline, _datamodule(trainer), k, group)
         self._at = k
+        if self._logged_at == trainer.global_step:  # the test after the last validation
+            return
+        self._logged_at = trainer.global_step
         known = {key: value for key, value in self._scores[k]._asdict().items() if value is not None}
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"baseline/{self.name}/{key}": value for key, value in known.items()}, trainer.global_step
             )
 
-    def _fit(self, data: ActivationDataModule, n_components: int | None, device: torch.device) -> Baseline:
+    def _fit(
+        self, data: ActivationDataModule, n_components: int | None, device: torch.device, group: Group = ALONE
+    ) -> Baseline:
         baseline = self.make(data.d_model, n_components).to(device)
-        return baseline.fit(_TrainRows(data, self._max_rows, device), data.moments)
+        return baseline.fit(_TrainRows(data, self._max_rows, device), data.moments, group)
 
 
 class PCABaseline(BaselineCallback):
@@ -190,8 +224,10 @@ def _datamodule(trainer: lightning.Trainer) -> ActivationDataModule:
 
 
 @torch.inference_mode()
-def _score(baseline: Baseline, data: ActivationDataModule, k: int | None) -> ReconstructionScores:
-    """Held-out scores with k coefficients per row, or (None) with all of them."""
+def _score(
+    baseline: Baseline, data: ActivationDataModule, k: int | None, group: Group = ALONE
+) -> ReconstructionScores:
+    """Held-out scores with k coefficients per row, or (None) with all of them; ranks share the rows."""
     metrics = ReconstructionMetrics(baseline.n_latents, data.moments.mean)
     batch: RowBatch
     for batch in data.val_dataloader():
@@ -199,4 +235,5 @@ def _score(baseline: Baseline, data: ActivationDataModule, k: int | None) -> Rec
         code: SparseLatents = baseline.encode_sparse(x) if k is None else baseline.sparse_code(x, k)
         first = None if batch.position is None else batch.position.to(x.device) == 0
         metrics.add(x, baseline.decode_sparse(code), code, first)
+    metrics.merge(group)
     return metrics.compute()

@@ -13,7 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sae.activations import ActivationDataModule
 from sae.callbacks.throughput import Throughput
+from sae.checkpoints import LAST
 from sae.dictionaries import save_dictionary
+from sae.errors import DivergedError
 from sae.files import write_json
 from sae.training import SparseAutoencoderModule
 
@@ -74,23 +76,30 @@ class RunFolder(lightning.Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """The trained dictionary."""
+        self._save_dictionary(trainer, pl_module, "dictionary")
+
+    def _save_dictionary(
+        self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule, name: str
+    ) -> None:
         data: ActivationDataModule = trainer.datamodule  # pyright: ignore
-        save_dictionary(
-            pl_module.dictionary,
-            self.folder / "dictionary",
-            hookpoint=data.hookpoint,
-            model=data.cache.manifest["model"],
-        )
+        model = data.cache.manifest["model"]
+        save_dictionary(pl_module.dictionary, self.folder / name, hookpoint=data.hookpoint, model=model)
 
     @rank_zero_only
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule, exception: BaseException
     ) -> None:
-        """Says where an interrupted run stands."""
+        """Says where an interrupted run stands; keeps the weights before training diverged."""
+        last = self.folder / "checkpoints" / LAST
         if isinstance(exception, KeyboardInterrupt):
-            kept = (self.folder / "checkpoints" / "last.ckpt").is_file()
-            again = "resumes from the last checkpoint" if kept else "starts over (no validation was reached)"
+            again = (
+                "resumes from the last checkpoint" if last.is_file() else "starts over (there is none yet)"
+            )
             print(f"\nstopped at step {trainer.global_step}; the same command {again}.", file=sys.stderr)
+        if isinstance(exception, DivergedError):
+            self._save_dictionary(trainer, pl_module, "before_divergence")
+            kept = f"{self.folder / 'before_divergence'} has the weights of the step before"
+            print(f"{kept}; {last} is as it was." if last.is_file() else f"{kept}.", file=sys.stderr)
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """The final metrics."""

@@ -8,16 +8,16 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from sae.activations import ActivationDataModule
 from sae.activations.contexts import held_out_cached, held_out_token_ids
 from sae.activations.language_model import causal_head, language_model_of
-from sae.activations.model_loss import ModelLoss, Replacement, model_losses
+from sae.activations.model_loss import ContextLosses, ModelLoss, Replacement, context_losses
 from sae.callbacks.baselines import BaselineCallback
 from sae.dictionaries import Dictionary
 from sae.errors import InputError
+from sae.ops.group import ALONE, Group
 from sae.training import SparseAutoencoderModule
 
 MOST_TOKENS = 131_072
@@ -51,22 +51,43 @@ class SplicedLoss(lightning.Callback):
             "baselines": {name: _figures(loss) for name, loss in losses.items()},
         }
 
-    @rank_zero_only
     def on_test_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
-        """Loads the model and measures."""
+        """Loads the model and measures; ranks share the contexts."""
         data: ActivationDataModule = trainer.datamodule  # pyright: ignore
         if data.cache.manifest.get("model") is None:  # imported rows
-            return
-        try:
-            model = language_model_of(data.cache.manifest, pl_module.device).model
-        except InputError as error:
-            print(f"Cross entropy was not measured: {error}", file=sys.stderr)
-            return
-        if causal_head(model) is None:
             return
         token_ids, cached = held_out_token_ids(data.cache), held_out_cached(data.cache)
         contexts = slice(max(1, MOST_TOKENS // token_ids.shape[1]))
         token_ids, cached = token_ids[contexts], None if cached is None else cached[contexts]
+        group = Group.of_training(pl_module.device)
+        if len(token_ids) < group.world:  # too few to share: all measure all of them
+            group = ALONE
+        mine = group.share(token_ids), None if cached is None else group.share(cached)
+        losses, failure = None, None
+        try:
+            losses = self._measure(trainer, pl_module, *mine)
+        except (InputError, torch.OutOfMemoryError) as error:  # no reason to lose the scores of a training
+            failure = str(error).splitlines()[0]
+        failures = [why for why in group.objects(failure) if why]
+        if failures and trainer.is_global_zero:
+            print(f"Cross entropy was not measured: {failures[0]}", file=sys.stderr)
+        if failures or losses is None:
+            return
+        self._clean, self._losses = losses.gathered(group).means()
+        self._tokens = token_ids.numel()
+
+    def _measure(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: SparseAutoencoderModule,
+        token_ids: Tensor,
+        cached: Tensor | None,
+    ) -> ContextLosses | None:
+        """The losses of some contexts; None where the model predicts no next token."""
+        data: ActivationDataModule = trainer.datamodule  # pyright: ignore
+        model = language_model_of(data.cache.manifest, pl_module.device).model
+        if causal_head(model) is None:
+            return None
         mean = data.moments.mean.to(pl_module.device, torch.float32)
         replacements: dict[str, Replacement] = {
             "sae": _reconstruct(pl_module.dictionary),
@@ -75,11 +96,7 @@ class SplicedLoss(lightning.Callback):
         for callback in trainer.callbacks:  # pyright: ignore
             if isinstance(callback, BaselineCallback):
                 replacements[callback.name] = callback.reconstruct
-        try:
-            self._clean, self._losses = model_losses(model, data.hookpoint, token_ids, replacements, cached)
-        except (InputError, torch.OutOfMemoryError) as error:  # no reason to lose the scores of a training
-            print(f"Cross entropy was not measured: {str(error).splitlines()[0]}", file=sys.stderr)
-        self._tokens = token_ids.numel()
+        return context_losses(model, data.hookpoint, token_ids, replacements, cached)
 
 
 def _reconstruct(dictionary: Dictionary) -> Callable[[Tensor], Tensor]:

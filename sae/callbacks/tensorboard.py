@@ -15,6 +15,7 @@ from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from sae.activations import ActivationDataModule
 from sae.callbacks.baselines import BaselineCallback
+from sae.callbacks.event_files import cut_event_files, event_file_sizes
 from sae.callbacks.run_folder import RunFolder
 from sae.ops.geometry import nearest_neighbour_cosines
 from sae.training import SparseAutoencoderModule
@@ -44,6 +45,20 @@ class TensorBoardPanels(lightning.Callback):
         """Lays out the charts."""
         if writer := _writer(trainer):
             writer.add_custom_scalars(_layout(trainer, AT_EQUAL_L0))
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remembers how far the curves have come."""
+        if writer := _writer(trainer):
+            checkpoint["event_files"] = event_file_sizes(writer)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Cuts the curves off there: no step is shown twice."""
+        if (writer := _writer(trainer)) and "event_files" in checkpoint:
+            cut_event_files(writer, checkpoint["event_files"], checkpoint["global_step"])
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Draws the firing densities."""

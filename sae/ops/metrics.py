@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae.errors import InputError
+from sae.ops.group import Group
 from sae.ops.sparse import SparseLatents
 
 
@@ -84,6 +85,21 @@ class ReconstructionMetrics:
         self._active = self._active + firing.sum()
         self._cosine = self._cosine + F.cosine_similarity(x, x_hat, dim=-1).sum()
 
+    def merge(self, group: Group) -> None:
+        """Adds what the other ranks of a group have: then each has the scores of all rows.
+
+        Every rank must have added at least one batch, if only of no rows.
+        """
+        if group.world == 1:
+            return
+        self._relative = [group.gather(torch.cat(self._relative))]
+        self._firings = self._firings.contiguous()
+        self._active, self._cosine = torch.as_tensor(self._active), torch.as_tensor(self._cosine)
+        group.sum_(self._firings, self._active, self._cosine)
+        self._all.merge(group)
+        if self._positions_known:
+            self._later_positions.merge(group)
+
     @property
     def densities(self) -> Float64[Tensor, " n_latents"]:
         """Share of the rows added on which each latent fired.
@@ -126,6 +142,14 @@ class _SumsOfSquares:
         self._sum = self._sum + x.sum(0)
         self._squares = self._squares + x.square().sum()
         self._residual = self._residual + residual.sum()
+
+    def merge(self, group: Group) -> None:
+        count = torch.tensor(self.count)
+        self._sum, self._squares, self._residual = (
+            torch.as_tensor(sums) for sums in (self._sum, self._squares, self._residual)
+        )
+        group.sum_(count, self._sum, self._squares, self._residual)
+        self.count = int(count)
 
     def fvu(self) -> float | None:
         """None where the rows do not vary, or there are none."""

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae.ops.sparse import SparseLatents
+
+
+def count_firings(latents: SparseLatents, n_latents: int) -> Float[Tensor, " n_latents"]:
+    """On how many rows each latent fired; entries equal to zero do not count."""
+    firing = (latents.values.detach() > 0).float()
+    return firing.new_zeros(n_latents).index_add_(0, latents.indices, firing)
 
 
 class DeadLatents(nn.Module):
@@ -29,12 +35,10 @@ class DeadLatents(nn.Module):
         self.register_buffer("dead", torch.zeros(n_latents, dtype=torch.bool))
 
     @torch.no_grad()
-    def update(self, latents: SparseLatents, step: int) -> None:
-        """Counts a batch of codes as step `step`; entries equal to zero do not count as firing."""
-        self.tokens_since_fired += latents.n_rows
-        fired = torch.zeros_like(self.dead, dtype=latents.values.dtype)
-        fired = fired.scatter_reduce(0, latents.indices, latents.values.detach(), "amax")
-        self.tokens_since_fired.masked_fill_(fired > 0, 0)
+    def update(self, fired: Bool[Tensor, " n_latents"], tokens: int, step: int) -> None:
+        """Counts step `step`: the tokens that all ranks saw in it, and which latents fired on any."""
+        self.tokens_since_fired += tokens
+        self.tokens_since_fired.masked_fill_(fired, 0)
         if (step + 1) % self._refresh_every == 0:
             self.dead.copy_(self.tokens_since_fired >= self.dead_after_tokens)
             self._ids = None

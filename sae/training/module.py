@@ -13,11 +13,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from sae.dictionaries import SparseAutoencoder
-from sae.errors import InputError
+from sae.errors import DivergedError, InputError
+from sae.ops.group import Group
 from sae.ops.metrics import ReconstructionMetrics, ReconstructionScores
 from sae.ops.moments import Moments
-from sae.training.dead_latents import DeadLatents
+from sae.training.dead_latents import DeadLatents, count_firings
+from sae.training.host_reading import HostReading
 from sae.training.losses import auxk_loss, reconstruction_loss
+from sae.training.riders import GradientRiders
 from sae.training.schedules import learning_rate_for_width, warmup_then_decay
 
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
@@ -54,10 +57,16 @@ class SparseAutoencoderModule(lightning.LightningModule):
     loss = reconstruction + auxk_coefficient * AuxK, with Adam, linear warm-up, and decay to zero over
     the end of the run. W_dec's rows are brought back to unit norm after every optimiser step; the part
     of their gradient that this would undo is removed before it.
+
+    Several ranks that share a batch train as one rank on the whole of it. What they have to know of each
+    other rides on the gradients (`GradientRiders`): which latents fired, whether the loss is finite, whether
+    one of them was asked to stop. Only steps that log do a collective of their own.
     """
 
     dictionary: SparseAutoencoder
     dead_latents: DeadLatents
+    riders: GradientRiders
+    energy: Tensor
 
     def __init__(
         self,
@@ -106,6 +115,10 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self._scores: ReconstructionScores | None = None
         self._densities: Tensor | None = None
         self._held_out: ReconstructionMetrics | None = None
+        self.asked_to_stop = self.asked_to_requeue = False
+        """Whether this rank was asked, by a signal; it tells the others with the next step."""
+        self.stopping = self.requeueing = False
+        """Whether any rank was asked: the same on all of them, at the same step."""
 
     @property
     def rows(self) -> RowSource:
@@ -161,43 +174,69 @@ class SparseAutoencoderModule(lightning.LightningModule):
             self.dictionary = self._make_dictionary(self.rows.d_model)
         moments = self.rows.moments
         self.dictionary.set_input_statistics(moments.mean, moments.mean_squared_norm)
-        self.dead_latents = DeadLatents(self.dictionary.n_latents, self._dead_after_tokens or 1)
+        n_latents = self.dictionary.n_latents
+        self.dead_latents = DeadLatents(n_latents, self._dead_after_tokens or 1)
+        self.riders = GradientRiders(fired=n_latents, energy=1, asked=2, broken=2)
+        self.register_buffer("energy", torch.ones(()))  # mean square of the residual at the last step
 
     def on_fit_start(self) -> None:
         """Settles after how many tokens a latent counts as dead."""
         planned = int(self.trainer.estimated_stepping_batches) * self.tokens_per_step
         after = self._dead_after_tokens or max(1, min(10_000_000, planned // 20))
         self.dead_latents.dead_after_tokens = after
+        self._flags = torch.zeros(4, device=self.device)
+        self._host = HostReading(late=self.device.type == "cuda")
 
     def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
-        """The loss of one batch; on logging steps also its parts."""
+        """The loss of one batch, of this rank's share of it; on logging steps also its parts."""
         u = self.dictionary.normalise(batch.x)
         code = self.dictionary.training_code(u)
-        u_hat = self.dictionary.decode_normalised(code.latents)
-        reconstruction = reconstruction_loss(u, u_hat)
-        loss = reconstruction
+        residual = u - self.dictionary.decode_normalised(code.latents)
+        reconstruction = loss = reconstruction_loss(residual)
         dead = self.dead_latents.ids
+        auxk = None
         if self._auxk_coefficient > 0 and len(dead) > 0:
-            auxk = auxk_loss(self.dictionary, u, u - u_hat, code, dead)
+            auxk = auxk_loss(self.dictionary, u, residual, code, dead, self.energy)
             loss = loss + self._auxk_coefficient * auxk
-            if self._logs_now:
-                self.log("train/auxk", auxk)
-        self.dead_latents.update(code.latents, self.global_step)
+        fired = count_firings(code.latents, self.dictionary.n_latents)
         if self._logs_now:
-            firing = (code.latents.values > 0).sum() / code.latents.n_rows
-            about_mean = (u - u.mean(0)).square().mean()  # of these rows, as everywhere
-            self.log("train/fvu", reconstruction / about_mean, prog_bar=True)
-            self.log("train/l0", firing)
-            self.log("train/dead_fraction", self.dead_latents.fraction(), prog_bar=True)
-            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+            self._log_batch(u, reconstruction, fired.sum() / len(u), auxk)
+        broken = torch.stack([~loss.isfinite(), ~u.sum().isfinite()])
+        asked = torch.tensor([self.asked_to_stop, self.asked_to_requeue])
+        return loss + self.riders.board(
+            fired=fired,
+            energy=reconstruction,
+            asked=asked.to(u.device, non_blocking=True),
+            broken=broken,
+        )
+
+    def _log_batch(self, u: Tensor, reconstruction: Tensor, l0: Tensor, auxk: Tensor | None) -> None:
+        """Logs what one rank would have found on the whole batch."""
+        parts = [reconstruction, u.square().mean(), l0, *([] if auxk is None else [auxk])]
+        means = torch.cat([torch.stack(parts).detach().float(), u.mean(0).float()])
+        means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        error, square, l0 = means[:3]
+        about_mean = square - means[len(parts) :].square().mean()  # of these rows, as everywhere
+        self.log("train/fvu", error / about_mean, prog_bar=True)
+        self.log("train/l0", l0)
+        if auxk is not None:
+            self.log("train/auxk", means[3])
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     @property
     def _logs_now(self) -> bool:
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Removes from the gradient what restoring unit norm would undo; before clipping."""
+        """Takes what came with the gradients, and from W_dec's what restoring unit norm would undo."""
+        arrived = self.riders.arrive()
+        self.dead_latents.update(arrived["fired"] > 0, self.tokens_per_step, self.global_step)
+        self.energy.copy_(arrived["energy"].squeeze())
+        if self._logs_now:
+            self.log("train/dead_fraction", self.dead_latents.fraction(), prog_bar=True)
+        # Once broken, always: until the host has seen it, no step may touch the weights.
+        self._flags = torch.cat([arrived["asked"], arrived["broken"]]) + self._flags
+        optimizer.found_inf = (self._flags[2] > 0).float()  # pyright: ignore[reportAttributeAccessIssue]
         self.dictionary.remove_parallel_gradient()
 
     def configure_gradient_clipping(
@@ -212,13 +251,43 @@ class SparseAutoencoderModule(lightning.LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val or torch.inf)
         elif gradient_clip_val or self._logs_now:
             norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or torch.inf)
+            optimizer.found_inf.copy_((self._flags[2] > 0) | ~norm.isfinite())  # pyright: ignore
+            self._flags[2] += optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
             if self._logs_now:
                 self.log("train/grad_norm", norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The optimiser's step, then unit norm."""
+        """The optimiser's step, unless something is not finite; then unit norm.
+
+        Raises:
+            DivergedError: where it is not; on a GPU one step later, the weights untouched since.
+        """
         super().optimizer_step(*args, **kwargs)
         self.dictionary.restore_unit_norm()
+        self._heed(self._host.of(self.global_step, self._flags))
+
+    def on_train_end(self) -> None:
+        """Looks at the last step too."""
+        self._heed(self._host.last())
+
+    def _heed(self, read: tuple[int, list[float]] | None) -> None:
+        """Acts on the flags of a step."""
+        if read is None:
+            return
+        step, (stop, requeue, broken, broken_rows) = read
+        self.stopping, self.requeueing = stop > 0, requeue > 0
+        if broken > 0:
+            batch = f"batch {step * self.trainer.accumulate_grad_batches:,}"
+            why = (
+                "that batch has rows that are not finite: look for damage in the cache with"
+                " `scripts/cache_activations.py --verify`"
+                if broken_rows > 0
+                else f"its rows are finite, so training diverged: lower `model.lr`, it was {self.lr:.3g}"
+            )
+            raise DivergedError(
+                f"the loss or its gradient is not finite at step {step + 1:,} ({batch} in the order of seed"
+                f" {torch.initial_seed()}, counted from 0); {why}."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Fused Adam and the schedule."""
@@ -258,11 +327,12 @@ class SparseAutoencoderModule(lightning.LightningModule):
 
     def _finish_scores(self, stage: str) -> None:
         assert self._held_out is not None
+        self._held_out.merge(Group.of_training(self.device))
         self._scores, self._densities = self._held_out.compute(), self._held_out.densities
         if self._scores.fvu is not None and not math.isfinite(self._scores.fvu):
-            raise InputError(
-                f"training diverged: the held-out FVU is {self._scores.fvu} at step {self.global_step}; lower"
-                f" `lr` (it was {self._lr or 'the rule'}). The checkpoint before is kept."
+            raise DivergedError(
+                f"the held-out FVU is {self._scores.fvu} at step {self.global_step:,}: lower `model.lr`, it"
+                f" was {self.lr:.3g}."
             )
         known = {name: value for name, value in self._scores._asdict().items() if value is not None}
         self.log_dict({f"{stage}/{name}": value for name, value in known.items()})

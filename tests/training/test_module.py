@@ -8,7 +8,7 @@ from sae.activations import ActivationDataModule
 from sae.activations.exchange.imported import import_rows
 from sae.activations.synthetic import PlantedWorld
 from sae.dictionaries import TopK
-from sae.errors import InputError
+from sae.errors import DivergedError, InputError
 from sae.ops.geometry import mean_max_cosine
 from sae.training import SparseAutoencoderModule
 
@@ -177,10 +177,14 @@ def test_training_without_an_end_is_refused(world_cache, tmp_path):
         _fit(world_cache, tmp_path, -1, max_epochs=-1)
 
 
-def test_diverged_training_is_said_with_its_step(world_cache, tmp_path):
+def test_diverged_training_names_step_and_batch_and_keeps_the_weights_before(world_cache, tmp_path):
     module = SparseAutoencoderModule(_topk(32, 2), lr=1e30, warmup_steps=0)
-    with pytest.raises(InputError, match=r"training diverged: .* at step \d+; lower `lr` \(it was 1e\+30"):
+    told = (
+        r"not finite at step (\d+) \(batch \d+ .* its rows are finite, so .* lower `model.lr`, it was 1e\+30"
+    )
+    with pytest.raises(DivergedError, match=told):
         _fit(world_cache, tmp_path, 14, module, gradient_clip_val=None)
+    assert all(parameter.isfinite().all() for parameter in module.dictionary.parameters())
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from sae.activations.cache.places import Place, RemotePlace, place_at
 from sae.activations.cache.records import finished_records
 from sae.activations.cache.shard import Shard
 from sae.activations.cache.tensor_file import check_file, checksum
+from sae.activations.ranks import ALONE, Ranks
 from sae.errors import InputError
 from sae.ops.moments import Moments
 
@@ -145,15 +146,22 @@ class ActivationCache:
         rows = self.manifest["statistics"][name].get("rows", self.n_rows("train"))
         return Moments(rows, tensors[f"{name}.mean"], tensors[f"{name}.second"])
 
-    def batches(self, split: Split, hookpoint: str, batch_size: int) -> Iterator[RowBatch]:
-        """All rows of a split once, in the order they lie on disk (held-out: sequence order)."""
+    def batches(
+        self, split: Split, hookpoint: str, batch_size: int, ranks: Ranks = ALONE
+    ) -> Iterator[RowBatch]:
+        """All rows of a split once, in the order they lie on disk (held-out: sequence order).
+
+        Several ranks each get a stretch of every batch, of equal length but for one row.
+        """
         self.check_hookpoint(hookpoint)
         if batch_size < 1:
             raise InputError(f"`batch_size` must be at least 1, got {batch_size}.")
         for shard in self.shards(split):
             has_origin = shard.has("sequence")
             for begin in range(0, shard.rows, batch_size):
-                rows = slice(begin, begin + batch_size)
+                end = min(begin + batch_size, shard.rows)
+                cuts = [begin + (end - begin) * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1)]
+                rows = slice(*cuts)
                 origin = [
                     shard.tensor(name)[rows] if has_origin else None for name in ("sequence", "position")
                 ]

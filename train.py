@@ -6,7 +6,8 @@
 
 The steps: build everything from the configuration, make the activation cache where it is missing,
 train, score on held-out documents, print what was found, and write the report. The same command again
-resumes an unfinished run and shows a finished one; `--fresh` starts over.
+resumes an unfinished run and shows a finished one; `--fresh` starts over. `--plan` prints what a run
+takes of memory, disk and time, and starts nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from sae.cli import SaeCLI, exit_on_input_error
 from sae.errors import InputError
 from sae.inspection import latent_table
+from sae.planning import plan_run
 from sae.reporting import is_reported, report_run
 from sae.runs import checkpoint_to_resume, discard_run, is_finished, open_run, summary
 
@@ -31,6 +33,11 @@ from sae.runs import checkpoint_to_resume, discard_run, is_finished, open_run, s
 def main(args: list[str] | None = None) -> None:
     """Runs one experiment; `args` as on the command line."""
     cli = SaeCLI(args)
+    if cli.config.plan.show:
+        plan = plan_run(cli.model, cli.datamodule, cli.trainer, cli.config.plan.gpus, cli.config.plan.memory)
+        print(plan)
+        plan.check()
+        return
     folder, config = cli.run_folder, cli.config_values
     checkpoint = None if cli.config.fresh else checkpoint_to_resume(folder, config)
     if not cli.config.fresh and is_finished(folder, config):

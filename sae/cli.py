@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import inspect
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from torch.nn.parallel import DistributedDataParallel
 
 from sae.activations import ActivationDataModule
 from sae.callbacks import (  # the baselines for their short names
@@ -104,13 +106,22 @@ class SaeCLI(LightningCLI):
             default=500,
             help="Steps between checkpoints: what a killed process loses at most.",
         )
+        parser.add_argument(
+            "--plan.show",
+            type=bool,
+            default=False,
+            help="--plan: print memory, disk, time and communication; start nothing.",
+        )
+        parser.add_argument("--plan.gpus", type=int, default=1, help="GPUs planned for.")
+        parser.add_argument("--plan.memory", type=str, default=None, help="Of one GPU, e.g. 80GB.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses `args`, or the command line."""
         assert args is None or isinstance(args, list), "arguments come as on the command line"
         argv = sys.argv[1:] if args is None else args
-        # `--fresh` alone reads better than `--fresh=true`.
-        self.config = parser.parse_args(["--fresh=true" if a == "--fresh" else a for a in argv])
+        # A switch alone reads better than `--fresh=true`.
+        switches = {"--fresh": "--fresh=true", "--plan": "--plan.show=true"}
+        self.config = parser.parse_args([switches.get(argument, argument) for argument in argv])
 
     def instantiate_classes(self) -> None:
         """Builds datamodule, module and trainer, in that order."""
@@ -150,9 +161,7 @@ class SaeCLI(LightningCLI):
         trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         self.model.check_trainer(trainer)
         if isinstance(trainer.strategy, DDPStrategy):
-            # Gradients lie in the buckets that are sent, and buffers are equal on all ranks by themselves.
-            defaults = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-            trainer.strategy._ddp_kwargs = defaults | trainer.strategy._ddp_kwargs
+            trainer.strategy._ddp_kwargs = _ddp_defaults() | trainer.strategy._ddp_kwargs
         return trainer
 
     @property
@@ -165,8 +174,8 @@ class SaeCLI(LightningCLI):
         """The whole configuration as plain values."""
         text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
         values = yaml.safe_load(text)
-        values.pop("fresh", None)
-        values.pop("config", None)
+        for name in ("fresh", "config", "plan"):  # of this call, not of the run
+            values.pop(name, None)
         return values
 
     def save_config(self, path: Path) -> None:
@@ -240,6 +249,13 @@ class _HelpAll(argparse.Action):
 
     def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
         parser.show_all_help()
+
+
+def _ddp_defaults() -> dict[str, Any]:
+    """Gradients lie in the buckets that are sent, and buffers are equal on all ranks by themselves."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return {"gradient_as_bucket_view": True, sync: False}
 
 
 def _is_trainer(group: Any) -> bool:

@@ -41,9 +41,9 @@ class TensorBoardPanels(lightning.Callback):
     table of hyperparameters. It comes after `RunFolder` among the callbacks.
     """
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
-        """Lays out the charts."""
-        if writer := _writer(trainer):
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
+        """Lays out the charts, once in a run."""
+        if trainer.global_step == 0 and (writer := _writer(trainer)):
             writer.add_custom_scalars(_layout(trainer, AT_EQUAL_L0))
 
     def on_save_checkpoint(

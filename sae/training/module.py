@@ -23,6 +23,8 @@ from sae.training.losses import auxk_loss, reconstruction_loss
 from sae.training.riders import GradientRiders
 from sae.training.schedules import learning_rate_for_width, warmup_then_decay
 
+RIDERS_BESIDE_LATENTS = 5
+"""Numbers that ride on the gradients besides one for each latent."""
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
@@ -106,11 +108,11 @@ class SparseAutoencoderModule(lightning.LightningModule):
         ):
             if not good:
                 raise InputError(f"`{name}` must be {rule}, got {name}={value}.")
-        self._make_dictionary = dictionary
+        self.make_dictionary = dictionary
         self._lr = lr
         self._warmup_steps = warmup_steps
         self._decay_share = decay_share
-        self._auxk_coefficient = auxk_coefficient
+        self.auxk_coefficient = auxk_coefficient
         self._dead_after_tokens = dead_after_tokens
         self._scores: ReconstructionScores | None = None
         self._densities: Tensor | None = None
@@ -143,7 +145,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
     def check_dictionary(self) -> None:
         """Raises `InputError` for a dictionary that cannot be built, without data and without memory."""
         with torch.device("meta"):
-            self._make_dictionary(1)
+            self.make_dictionary(1)
 
     @staticmethod
     def check_trainer(trainer: lightning.Trainer) -> None:
@@ -171,7 +173,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
         with torch.random.fork_rng(devices=[]):
             # Start from the run's seed, whatever a harvest before this has drawn from the generator.
             torch.manual_seed(torch.initial_seed())
-            self.dictionary = self._make_dictionary(self.rows.d_model)
+            self.dictionary = self.make_dictionary(self.rows.d_model)
         moments = self.rows.moments
         self.dictionary.set_input_statistics(moments.mean, moments.mean_squared_norm)
         n_latents = self.dictionary.n_latents
@@ -195,9 +197,9 @@ class SparseAutoencoderModule(lightning.LightningModule):
         reconstruction = loss = reconstruction_loss(residual)
         dead = self.dead_latents.ids
         auxk = None
-        if self._auxk_coefficient > 0 and len(dead) > 0:
+        if self.auxk_coefficient > 0 and len(dead) > 0:
             auxk = auxk_loss(self.dictionary, u, residual, code, dead, self.energy)
-            loss = loss + self._auxk_coefficient * auxk
+            loss = loss + self.auxk_coefficient * auxk
         fired = count_firings(code.latents, self.dictionary.n_latents)
         if self._logs_now:
             self._log_batch(u, reconstruction, fired.sum() / len(u), auxk)
@@ -335,5 +337,6 @@ class SparseAutoencoderModule(lightning.LightningModule):
                 f" was {self.lr:.3g}."
             )
         known = {name: value for name, value in self._scores._asdict().items() if value is not None}
-        self.log_dict({f"{stage}/{name}": value for name, value in known.items()})
-        self.log("step", float(self.global_step))  # else Lightning draws them one step early
+        # The ranks agree already; Lightning wants it said.
+        self.log_dict({f"{stage}/{name}": value for name, value in known.items()}, sync_dist=True)
+        self.log("step", float(self.global_step), sync_dist=True)  # else Lightning draws them one step early

@@ -110,7 +110,7 @@ def test_many_workers_on_short_windows_do_not_wait_for_ever(cache, monkeypatch):
 
 
 def test_past_shards_are_closed(cache):
-    loader = _loader(cache, workers=0)
+    loader = _loader(ActivationCache(cache.location), workers=0)  # no other test's threads open its shards
     for batch in loader:
         del batch
         opened = sum(bool(shard._mapped) for shard in loader._shards)

@@ -1,0 +1,200 @@
+"""The bytes that a training step holds at its peak, counted tensor by tensor.
+
+A count, and not a measurement extrapolated: the peak is the largest of a few moments of the step, each of
+which grows with the rows in its own way, so a small run may peak elsewhere than a large one, and a run of
+full size is what one wants to know about before paying for it. The lists below name what is alive at each
+moment, and `scripts/measure_plan.py` shows how near they come to a run; the tests hold them to 10 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from sae.dictionaries import SparseAutoencoder
+
+INDEX = 8  # bytes of an int64
+DOUBLE = 8  # bytes of a float64
+NMF_START_ROWS = 10_000
+"""Rows that the NMF baseline starts from, in float64."""
+_ELEMENT = {"32-true": 4, "bf16-mixed": 4, "64-true": 8}
+
+
+class Memory(NamedTuple):
+    """Bytes on one GPU at the peak of a run."""
+
+    parameters: int
+    """The dictionary's weights and buffers, and the counters of dead latents."""
+    gradients: int
+    moments: int
+    """Adam's two."""
+    activations: int
+    """Everything else at the peak: the batch, what the step makes of it, and copies the size of a weight."""
+    peak_at: str
+    """When it is reached, in words."""
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts, bytes."""
+        return self.parameters + self.gradients + self.moments + self.activations
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that the memory of a step depends on."""
+
+    rows: int
+    """Rows of a batch on one GPU."""
+    held_out_rows: int
+    """Rows of a batch in validation on one GPU."""
+    d_model: int
+    n_latents: int
+    entries: int
+    """Latents that the kind selects per row."""
+    revived: int
+    """Dead latents that AuxK selects per row; 0 = without AuxK."""
+    weights: int
+    """Numbers in all parameters."""
+    largest: int
+    """Numbers in the largest parameter."""
+    buffers: int
+    """Numbers in all buffers."""
+    precision: str
+    """Of the Trainer."""
+    row_element: int
+    """Bytes of a number of a row as the loader gives it."""
+    holds_gradients: bool
+    """Whether gradients stay in memory during the backward pass (DDP's buckets, accumulated batches)."""
+    shares: int = 0
+    """Numbers that ride on the gradients from GPU to GPU (on one GPU they are there as well)."""
+    nmf: bool = False
+    """Whether an NMF baseline is fitted before the training, with d_model components."""
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number of the weights."""
+        return _ELEMENT[self.precision]
+
+    @property
+    def pre_act(self) -> int:
+        """Bytes of a pre-activation."""
+        return 2 if self.precision == "bf16-mixed" else self.element
+
+
+def memory_of(step: Step) -> Memory:
+    """The peak of a run: the largest of what its moments hold."""
+    weights = step.weights * step.element
+    counters = step.n_latents * (2 * INDEX + 1)  # tokens since fired, the dead ones, and whether dead
+    parameters = weights + (step.buffers + step.shares) * step.element + counters
+    gradients, moments = weights + step.shares * step.element, 2 * weights
+    peaks = {
+        "the forward pass": _forward(step) + gradients,
+        "the backward pass": _backward(step),
+        "the optimiser's step": step.rows * step.d_model * step.row_element + _matrix(step) + gradients,
+        "validation": _validation(step) + gradients,
+    }
+    if step.nmf:  # fitted before the first step: neither gradients nor moments yet
+        peaks["the fit of the NMF baseline"] = _nmf_fit(step) - moments
+    peak_at = max(peaks, key=lambda name: peaks[name])
+    # The fit may peak below what gradients and moments take later, or a step without all gradients.
+    activations = max(0, peaks[peak_at] - gradients)
+    return Memory(parameters, gradients, moments, activations, peak_at)
+
+
+def _matrix(step: Step) -> int:
+    """A temporary as large as the largest weight."""
+    return step.largest * step.element
+
+
+def _batch(step: Step) -> int:
+    """The batch as given, and normalised."""
+    return step.rows * step.d_model * (step.row_element + step.element)
+
+
+def _cast(step: Step, rows: int) -> int:
+    """Copies in half precision of the encoder's weights and of what it multiplies."""
+    return (step.largest + rows * step.d_model) * 2 if step.pre_act < step.element else 0
+
+
+def _forward(step: Step) -> int:
+    rows = step.rows
+    row, pre_acts = rows * step.d_model * step.element, rows * step.n_latents * step.pre_act
+    code = rows * step.entries * (step.element + INDEX)
+    selecting = rows * step.entries * (step.pre_act + step.element)  # values before relu, twice
+    # u_hat and its residual; on logging steps also the rows about their mean, and these squared.
+    moments = [pre_acts + _cast(step, rows), pre_acts + code + selecting, pre_acts + code + 4 * row]
+    if step.revived:
+        found = rows * step.revived * (step.pre_act + INDEX)
+        # u_hat and the residual twice (kept, and for AuxK); the dead latents' pre-activations are a copy.
+        moments.append(2 * pre_acts + code + 3 * row + found)
+        # Also the revived values rectified, e_hat, what that leaves, and this squared.
+        moments.append(pre_acts + code + 6 * row + found + rows * step.revived * step.element)
+    return _batch(step) + max(moments)
+
+
+def _backward(step: Step) -> int:
+    """A gradient of a weight is a sparse product added to zeros: two matrices while it is made.
+
+    AuxK's part comes first and frees what it kept, but for its gradients of both weights: these wait for
+    the reconstruction's.
+    """
+    row = step.rows * step.d_model * step.element
+    kept = _batch(step) + row + step.rows * step.entries * (step.element + INDEX)
+    held = (step.weights + step.shares) * step.element if step.holds_gradients else 0
+    moments = [(2 if step.holds_gradients else 3) * _matrix(step) + _transposing(step, step.entries)]
+    if step.revived:
+        auxk = row + step.rows * step.revived * (step.element + INDEX)
+        moments = [
+            3 * _matrix(step) + auxk + _transposing(step, step.revived),
+            4 * _matrix(step) + _transposing(step, step.entries),
+        ]
+    return kept + held + max(moments)
+
+
+def _transposing(step: Step, entries: int) -> int:
+    """A code sorted by latents: their order, the rows in it, and the values in it."""
+    return step.rows * entries * (2 * INDEX + step.element)
+
+
+def _validation(step: Step) -> int:
+    rows, d = step.held_out_rows, step.d_model
+    given = rows * d * step.row_element
+    cast = rows * d * step.element if step.row_element != step.element else 0
+    coding = rows * d * step.element + rows * step.n_latents * step.pre_act
+    coding += rows * step.entries * (step.pre_act + INDEX)
+    coding += _cast(step, rows)
+    # Scores are kept in float64: x, x_hat, both about the mean or normalised, and a product of them.
+    scoring = rows * d * (step.element + 6 * DOUBLE) + rows * step.entries * (step.element + INDEX)
+    return given + cast + max(coding, scoring)
+
+
+def _nmf_fit(step: Step) -> int:
+    """Singular vectors of the first rows, split into positive and negative parts."""
+    width, rows = 2 * step.d_model, NMF_START_ROWS
+    components = min(step.d_model, rows)
+    decomposing = DOUBLE * (rows * width + 4 * width**2)
+    starting = DOUBLE * (rows * width + 3 * rows * components + width**2)
+    return rows * width * 4 + max(decomposing, starting)
+
+
+def entries_per_row(dictionary: SparseAutoencoder, rows: int) -> int:
+    """Latents that a kind selects per row, at most.
+
+    A kind may say so with an attribute `entries_per_row`. Else its rule is asked, on tensors without data;
+    where their number depends on the data it cannot say, and all count: no kind has more.
+    """
+    said = getattr(dictionary, "entries_per_row", None)
+    if said is not None:
+        return int(said)
+    pre_acts = torch.empty(rows, dictionary.n_latents, device="meta")
+    try:
+        return -(-dictionary.select(pre_acts).indices.numel() // rows)
+    except (NotImplementedError, RuntimeError):
+        return dictionary.n_latents
+
+
+def revived_per_row(d_model: int, n_latents: int, coefficient: float) -> int:
+    """Dead latents that AuxK selects per row when all of them are dead; 0 without AuxK."""
+    return min(n_latents, max(1, d_model // 2)) if coefficient > 0 else 0

@@ -1,0 +1,105 @@
+"""What the laws of training compare: all that a run leaves, read back and set side by side."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from sae.dictionaries import Dictionary, SparseAutoencoder
+
+OF_THE_CLOCK = ("wall_s", "tokens_per_s", "fit_s", "event_files", "device/", "time", "data_wait", "figures", ".python")
+"""Names of what may differ between two runs that are the same; from Python's generator beartype draws too."""
+KINDS = {
+    name: {"n_latents": 96, "k": 2}
+    for name, kind in Dictionary.kinds.items()
+    if issubclass(kind, SparseAutoencoder) and kind.__module__.startswith("sae.")
+}
+"""Every kind of autoencoder, with arguments of a small one; a new kind adds its own."""
+
+
+def write_run(folder, cache, kind="TopK", baselines=True, **trainer):
+    """A configuration of a short run in `folder` / run, in which latents die and are revived."""
+    nmf = {"n_components": 8, "curve": [4], "max_rows": 1500}
+    listed = [
+        {"class_path": "PCABaseline", "init_args": {"curve": [2]}},
+        {"class_path": "NMFBaseline", "init_args": nmf},
+    ]
+    values = {
+        "seed_everything": 0,
+        "checkpoint_every": 7,
+        "data": {"cache": str(cache), "batch_size": 120},
+        "model": {
+            "dictionary": {"class_path": kind, "init_args": KINDS[kind]},
+            "lr": 1e-3,
+            "warmup_steps": 3,
+            "dead_after_tokens": 400,
+        },
+        "trainer": {
+            "max_steps": 50,
+            "default_root_dir": str(folder / "run"),
+            "val_check_interval": 10 * trainer.get("accumulate_grad_batches", 1),
+            "log_every_n_steps": 3,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "callbacks": listed if baselines else [],
+            **trainer,
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def left_by(run):
+    """Everything a run has left, by name: checkpoint, metrics, and every point of every curve."""
+    checkpoint = torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
+    metrics = json.loads((Path(run) / "metrics.json").read_text())
+    everything = {"checkpoint": checkpoint, "metrics": metrics, "curves": _curves(Path(run))}
+    flat = dict(_flat(everything, ""))
+    return {name: value for name, value in flat.items() if not any(word in name for word in OF_THE_CLOCK)}
+
+
+def differing(a, b, tolerance=0.0):
+    """Names of what two runs left that differs by more than `tolerance` of its largest value."""
+    return [
+        f"{name}: {a.get(name)} and {b.get(name)}"
+        for name in sorted({*a, *b})
+        if name not in a or name not in b or _distance(a[name], b[name]) > tolerance
+    ]
+
+
+def _distance(a, b):
+    if isinstance(a, torch.Tensor) and a.shape == b.shape:
+        a, b = a.double(), b.double()
+        if torch.equal(a, b):
+            return 0.0
+        return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) / max(abs(a), 1e-30)
+    return 0.0 if a == b else float("inf")
+
+
+def _curves(run):
+    """tag -> [(step, value)], in the order of the files: what is there twice is seen twice."""
+    points = {}
+    for path in sorted((run / "tensorboard").glob("events*")):
+        if path.name.endswith(".hparams"):
+            continue
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                points.setdefault(value.tag, []).append([event.step, *value.tensor.float_val])
+    return points
+
+
+def _flat(value, name):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _flat(inner, f"{name}.{i}")
+    else:
+        yield name, value

@@ -45,6 +45,7 @@ def main(args: list[str] | None = None) -> None:
     else:
         cli.datamodule.prepare_data()  # makes the cache, by all ranks that torchrun or srun started
         check_and_discard(cli, starts_over=checkpoint is None)
+        cli.agreement.also["the checkpoint"] = str(checkpoint)
         if checkpoint:
             rank_zero_only(print)(f"resuming from {checkpoint}")
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)

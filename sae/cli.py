@@ -28,9 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sae.activations import ActivationDataModule
 from sae.callbacks import (  # the baselines for their short names
+    Agreement,
     Checkpoints,
     NMFBaseline,
     PCABaseline,
+    ProgressFile,
     RunFolder,
     SplicedLoss,
     TensorBoardPanels,
@@ -139,16 +141,18 @@ class SaeCLI(LightningCLI):
         self.model.check_dictionary()  # before any folder or cache is made
         root = self.run_folder
         config = self.config_init.trainer
+        self.agreement = Agreement(self.config_values)
         extra: list[lightning.Callback] = [
             Throughput(),
             SplicedLoss(),
             RunFolder(root, self.save_config, self.config.seed_everything),
             TensorBoardPanels(),
+            ProgressFile(root),
         ]
         if config.enable_checkpointing is not False:
             extra.append(Checkpoints(root / "checkpoints", self.config.checkpoint_every))
         listed = config.callbacks or []
-        callbacks = [*(listed if isinstance(listed, list) else [listed]), *extra]
+        callbacks = [self.agreement, *(listed if isinstance(listed, list) else [listed]), *extra]
         if config.enable_progress_bar is not False:
             callbacks.append(TrainingBar())
         self.config_init.trainer.enable_progress_bar = False  # Lightning's own: per pass, on standard output
@@ -302,12 +306,13 @@ def exit_on_input_error(command: Callable[[], None]) -> None:
     The exit status is 2 for bad input, 1 for a run that went wrong, 128 + n after signal n; after SIGUSR1 the
     SLURM job is back in the queue.
     """
-    rank = rank_zero_only.rank or 0
+    rank = _rank()
     try:
         STOP_SIGNALS.install()
         command()
     except (InputError, RunError, MisconfigurationException) as error:
-        _say(f"error: {error}")
+        if rank == 0 or not getattr(error, "on_all_ranks", False):
+            _say(f"error: {error}")
         sys.exit(1 if isinstance(error, RunError) else 2)
     except BrokenPipeError:  # whoever read the output has enough of it, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -329,8 +334,12 @@ def exit_on_input_error(command: Callable[[], None]) -> None:
 
 
 def _say(message: str) -> None:
-    rank = rank_zero_only.rank or 0
+    rank = _rank()
     print(f"[rank {rank}] {message}" if rank else message, file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    return getattr(rank_zero_only, "rank", None) or 0
 
 
 def _requeue() -> None:

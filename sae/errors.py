@@ -8,6 +8,9 @@ class InputError(ValueError):
     ordinary `ValueError`.
     """
 
+    on_all_ranks = False
+    """Whether every rank raises the same: then the first one's message is enough."""
+
 
 class RunError(RuntimeError):
     """A run that was well described and went wrong: training diverged, the disk is full, a port is taken.
@@ -15,6 +18,10 @@ class RunError(RuntimeError):
     The commands print the message alone and exit with status 1.
     """
 
+    on_all_ranks = False
+
 
 class DivergedError(RunError):
     """The loss or its gradient is not finite; the weights are still those of the step before."""
+
+    on_all_ranks = True

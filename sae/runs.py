@@ -29,6 +29,7 @@ from sae.inspection.report import check_report_folder
 OUTPUTS = (
     "config.yaml",
     "metrics.json",
+    "progress.json",
     "evidence.safetensors",
     "checkpoints",
     "dictionary",

@@ -21,7 +21,7 @@ from sae.errors import InputError
 from sae.ops.sparse import from_dense
 from sae.planning import Step, memory_of, plan_run
 from sae.planning.memory import entries_per_row
-from sae.planning.speed import Span, format_seconds, ring_bytes, training_flops
+from sae.planning.speed import Span, format_seconds, ring_bytes
 from sae.training import SparseAutoencoderModule
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "measure_plan.py"
@@ -230,10 +230,6 @@ def test_disk_that_does_not_fit_is_refused(plan, monkeypatch, tiny_cache, tiny_s
 def test_without_a_gpu_several_are_compared_only_with_what_is_given(plan):
     assert plan(gpus=8, memory=None).memory_limit is None
     assert "give a GPU's memory as --plan.memory" in str(plan(gpus=8, memory=None))
-
-
-def test_training_flops_by_hand():
-    assert training_flops(d_model=10, n_latents=100, entries=3, revived=5) == (2000 + 240, 400)
 
 
 def test_times_have_two_digits_at_most():

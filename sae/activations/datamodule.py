@@ -118,6 +118,11 @@ class ActivationDataModule(lightning.LightningDataModule):
             self._position = {}
         return self._loader
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that training has waited for batches in this process."""
+        return self._loader.waited_s if self._loader else 0.0
+
     def state_dict(self) -> dict[str, Any]:
         """Where training stands in the order of rows: after the batches finished, not those fetched."""
         if self._loader is None or self.trainer is None:

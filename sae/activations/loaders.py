@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -76,6 +77,8 @@ class TrainLoader:
         self._batch_size, self._seed, self._shuffling = batch_size, seed, (rows_per_context, shuffle_rows)
         self._workers, self._pin_memory, self._bounded = workers, pin_memory, bounded
         self._step = 0
+        self.waited_s = 0.0
+        """Seconds that whoever asked for batches has waited for them."""
         self._lock = threading.Lock()
         self._start()
 
@@ -100,7 +103,9 @@ class TrainLoader:
         end = self._step + len(self) - self._step % len(self)
         if self._workers == 0:
             while self._step < end:
+                asked_at = time.perf_counter()
                 batch = self._gather(self._step, self._empty())
+                self.waited_s += time.perf_counter() - asked_at
                 self._supply.at_step(self._step)
                 self._step += 1
                 yield batch
@@ -110,10 +115,12 @@ class TrainLoader:
             asked = self._step
             try:
                 while self._step < end:
+                    asked_at = time.perf_counter()
                     while asked < end and len(ahead) <= self._workers:
                         ahead.append(threads.submit(self._gather, asked, self._empty()))
                         asked += 1
                     batch = ahead.popleft().result()
+                    self.waited_s += time.perf_counter() - asked_at
                     self._supply.at_step(self._step)
                     self._step += 1
                     yield batch

@@ -19,9 +19,10 @@ from sae.errors import InputError
 from sae.files import format_bytes
 from sae.planning.memory import Memory, Step, entries_per_row, memory_of, revived_per_row
 from sae.planning.rows import CachePlan, plan_cache
-from sae.planning.speed import Work, ring_bytes, training_flops
+from sae.planning.speed import Work, ring_bytes
 from sae.planning.table import plan_table
 from sae.training import SparseAutoencoderModule
+from sae.training.flops import training_flops
 from sae.training.module import RIDERS_BESIDE_LATENTS
 
 RUNTIME_BYTES = 10**9

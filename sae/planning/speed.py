@@ -51,15 +51,6 @@ class Work(NamedTuple):
     """Passes forward and back, one or several to a step."""
 
 
-def training_flops(d_model: int, n_latents: int, entries: int, revived: int) -> tuple[int, int]:
-    """Operations per token: 2 d n + 8 d k, and the 8 d k' that AuxK adds.
-
-    One dense product for the pre-activations; the decoder and three gradients are products with the
-    selected entries only. Adam and the selection are bound by memory and not counted.
-    """
-    return 2 * d_model * n_latents + 8 * d_model * entries, 8 * d_model * revived
-
-
 def spans(work: Work, gpus: int, measure: bool) -> dict[str, tuple[Span | None, Span]]:
     """For each kind of device, how long harvest (None = nothing to do) and training take on `gpus` of it.
 

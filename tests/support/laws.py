@@ -9,7 +9,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from sae.dictionaries import Dictionary, SparseAutoencoder
 
-OF_THE_CLOCK = ("wall_s", "tokens_per_s", "fit_s", "event_files", "device/", "time", "data_wait", "figures", ".python")
+OF_THE_CLOCK = (
+    "wall_s", "tokens_per_s", "fit_s", "event_files", "data_wait", "memory_bytes", "figures", ".python",
+)  # fmt: skip
 """Names of what may differ between two runs that are the same; from Python's generator beartype draws too."""
 KINDS = {
     name: {"n_latents": 96, "k": 2}

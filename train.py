@@ -22,8 +22,9 @@ if __name__ == "__main__":
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from sae.cli import SaeCLI, exit_on_input_error
+from sae.cli import SaeCLI
 from sae.errors import InputError
+from sae.exits import exit_on_input_error
 from sae.inspection import latent_table
 from sae.planning import plan_run
 from sae.reporting import is_reported, report_run

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import inspect
 import logging
-import os
 import re
-import signal
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +19,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 
 from sae.activations import ActivationDataModule
@@ -40,14 +35,14 @@ from sae.callbacks import (  # the baselines for their short names
     TrainingBar,
 )
 from sae.checkpoints import WholeCheckpoints
-from sae.errors import InputError, RunError
+from sae.errors import InputError
 from sae.files import write_atomically
-from sae.signals import STOP_SIGNALS, Stopped, requeue_slurm_job
+from sae.launch import check_launch
 from sae.training import SparseAutoencoderModule
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LONGEST_ERROR = 400  # characters
-__all__ = ["NMFBaseline", "PCABaseline", "SaeCLI", "exit_on_input_error", "find_config"]
+__all__ = ["NMFBaseline", "PCABaseline", "SaeCLI", "find_config"]
 
 
 class SaeCLI(LightningCLI):
@@ -139,6 +134,8 @@ class SaeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """The trainer, with checkpoints, TensorBoard and the run folder whatever the callbacks listed."""
         self.model.check_dictionary()  # before any folder or cache is made
+        if not self.config.plan.show:
+            check_launch(self.config_init.trainer.num_nodes)
         root = self.run_folder
         config = self.config_init.trainer
         self.agreement = Agreement(self.config_values)
@@ -298,53 +295,3 @@ def _drop_logger() -> logging.Logger:
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
     return logger
-
-
-def exit_on_input_error(command: Callable[[], None]) -> None:
-    """Runs a command; what went wrong is said in a line or two, further ranks with their number.
-
-    The exit status is 2 for bad input, 1 for a run that went wrong, 128 + n after signal n; after SIGUSR1 the
-    SLURM job is back in the queue.
-    """
-    rank = _rank()
-    try:
-        STOP_SIGNALS.install()
-        command()
-    except (InputError, RunError, MisconfigurationException) as error:
-        if rank == 0 or not getattr(error, "on_all_ranks", False):
-            _say(f"error: {error}")
-        sys.exit(1 if isinstance(error, RunError) else 2)
-    except BrokenPipeError:  # whoever read the output has enough of it, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _say(f"error: {error}; what was finished is kept. Make room and run the same command again.")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say("\ninterrupted; the same command continues from what is finished.")
-        sys.exit(130)
-    except Stopped as stop:
-        if rank == 0:
-            _say(f"\n{stop}; the same command continues.")
-            if stop.signum == signal.SIGUSR1:
-                _requeue()
-        sys.exit(128 + stop.signum)
-
-
-def _say(message: str) -> None:
-    rank = _rank()
-    print(f"[rank {rank}] {message}" if rank else message, file=sys.stderr, flush=True)
-
-
-def _rank() -> int:
-    return getattr(rank_zero_only, "rank", None) or 0
-
-
-def _requeue() -> None:
-    try:
-        requeue_slurm_job()
-    except (OSError, RuntimeError) as error:
-        _say(f"the job was not requeued: {error}")
-        sys.exit(1)

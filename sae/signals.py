@@ -51,7 +51,7 @@ class StopSignals:
         again = self.received is not None
         if not again:
             self.received = signal.Signals(signum)
-        if signum == signal.SIGINT and (again or not self.steps_are_taken):
+        if again and signum == signal.SIGINT:
             raise KeyboardInterrupt
         # A second SIGTERM is what SLURM sends while the first one is being heeded.
         if not again and not self.steps_are_taken:

@@ -28,8 +28,8 @@ from sae.activations.cache.writer import write_shards
 from sae.activations.harvest_begun import begin_harvest
 from sae.activations.loaders import RowsOf, TrainLoader
 from sae.activations.ranks import ALONE
-from sae.cli import exit_on_input_error
 from sae.dictionaries import TopK
+from sae.exits import exit_on_input_error
 
 ROUNDS = 5
 

@@ -16,7 +16,8 @@ import sys
 from lightning.pytorch.utilities import rank_zero_only
 
 from sae.activations import ActivationCache
-from sae.cli import SaeCLI, exit_on_input_error
+from sae.cli import SaeCLI
+from sae.exits import exit_on_input_error
 
 
 def main() -> None:

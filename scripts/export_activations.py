@@ -13,7 +13,7 @@ import argparse
 
 from sae.activations import ActivationCache
 from sae.activations.exchange.exported import export_activations
-from sae.cli import exit_on_input_error
+from sae.exits import exit_on_input_error
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from sae.activations.exchange.array_files import open_array
 from sae.activations.exchange.array_folders import TOKENS, ColumnArray, has_tokens, hookpoint_of_column
 from sae.activations.exchange.arrays import Array
 from sae.activations.exchange.imported import RUN
-from sae.cli import exit_on_input_error
 from sae.errors import InputError
+from sae.exits import exit_on_input_error
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sae.cli import exit_on_input_error
 from sae.errors import InputError
+from sae.exits import exit_on_input_error
 from sae.inspection import latent_page, latent_table, text_table, token_tables
 from sae.reporting import report_run
 from sae.runs import open_run

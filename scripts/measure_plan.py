@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sae.cli import SaeCLI, exit_on_input_error
+from sae.cli import SaeCLI
+from sae.exits import exit_on_input_error
 from sae.files import format_bytes
 from sae.ops.moments import Moments
 from sae.planning import Step, memory_of, plan_run

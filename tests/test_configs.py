@@ -193,7 +193,7 @@ def test_offline_it_says_what_to_give_and_leaves_nothing(
     name, tiny, local_model, tmp_path, monkeypatch, capsys
 ):
     """conftest.py forbids the hub (HF_HUB_OFFLINE) for all tests."""
-    from sae.cli import exit_on_input_error
+    from sae.exits import exit_on_input_error
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -1,5 +1,7 @@
 """The law of ranks: R of them that share a batch leave what one leaves that has all of it."""
 
+import json
+
 import pytest
 import torch
 from support.laws import KINDS, differing, left_by, write_run
@@ -40,3 +42,44 @@ def test_two_ranks_leave_what_one_leaves(cache, tmp_path, kind, precision, toler
     assert differing(_without_generators(one), _without_generators(two), tolerance) == []
     of_training = [{n: v for n, v in left.items() if "checkpoint.state_dict" in n} for left in (one, two)]
     assert differing(*of_training, tolerance=1e-12 if precision == "64-true" else 1e-6) == []
+
+
+def _count_collectives(run, counts):
+    """Trains, and writes which collectives each step from 10 to 14 made."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from sae.training import SparseAutoencoderModule
+
+    found, state = {}, {}
+
+    def begin(self, batch, batch_idx):
+        if 10 <= self.global_step < 15:
+            state["profiler"] = profile(activities=[ProfilerActivity.CPU])
+            state["profiler"].__enter__()
+
+    def end(self, outputs, batch, batch_idx):
+        if profiler := state.pop("profiler", None):
+            profiler.__exit__(None, None, None)
+            names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
+            found[self.global_step] = names
+
+    SparseAutoencoderModule.on_train_batch_start = begin
+    SparseAutoencoderModule.on_train_batch_end = end
+    main(["--config", run])
+    if torch.distributed.get_rank() == 0:
+        counts.write_text(json.dumps(found))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quiet_step_has_no_collective_but_that_of_its_gradients(cache, tmp_path):
+    counts = tmp_path / "counts.json"
+    run = write_run(tmp_path, cache, devices=2, log_every_n_steps=14, val_check_interval=100)
+    outcomes = run_ranks(2, _count_collectives, run, counts)
+    assert outcomes == [None] * 2, "\n".join(map(str, outcomes))
+    found = json.loads(counts.read_text())
+    buckets = found["11"]
+    assert (
+        buckets and all("all_reduce" in name for name in buckets) and len(buckets) <= 2
+    )  # one bucket is enough here
+    assert all(found[step] == buckets for step in ("12", "13"))
+    assert len(found["14"]) > len(buckets)  # a step that logs

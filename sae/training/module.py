@@ -181,6 +181,21 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self.riders = GradientRiders(fired=n_latents, energy=1, asked=2, broken=2)
         self.register_buffer("energy", torch.ones(()))  # mean square of the residual at the last step
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Says of what kind the dictionary is."""
+        checkpoint["dictionary"] = self._describe()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises `InputError` for the checkpoint of another dictionary."""
+        found, mine = checkpoint.get("dictionary"), self._describe()
+        if found != mine:
+            raise InputError(
+                f"the checkpoint is of {found}, this run trains {mine}; start over with `--fresh`."
+            )
+
+    def _describe(self) -> str:
+        return f"{type(self.dictionary).__name__}({self.dictionary.extra_repr()})"
+
     def on_fit_start(self) -> None:
         """Settles after how many tokens a latent counts as dead."""
         planned = int(self.trainer.estimated_stepping_batches) * self.tokens_per_step

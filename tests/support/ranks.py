@@ -2,10 +2,14 @@
 
 import multiprocessing
 import os
+import queue
 import socket
+import time
 import traceback
 
 import torch
+
+DIED = "died"
 
 
 def free_port():
@@ -17,7 +21,8 @@ def free_port():
 def run_ranks(world, work, *arguments, timeout=120, **environment):
     """Calls work(*arguments) in `world` processes that torchrun might have started.
 
-    Returns what each raised, in words; None where it returned, an exit status where it ended by one.
+    Returns what each raised, in words; None where it returned, an exit status where it ended by one, DIED
+    where it was killed (or did not end in time).
     """
     port = free_port()
     context = multiprocessing.get_context("fork")
@@ -28,16 +33,21 @@ def run_ranks(world, work, *arguments, timeout=120, **environment):
     ]
     for process in ranks:
         process.start()
-    found = {}
+    found, deadline = {}, time.monotonic() + timeout
     try:
-        for _ in ranks:
-            rank, outcome = results.get(timeout=timeout)
-            found[rank] = outcome
+        while len(found) < world and time.monotonic() < deadline:
+            alive = any(process.is_alive() for process in ranks)
+            try:
+                rank, outcome = results.get(timeout=0.5)
+                found[rank] = outcome
+            except queue.Empty:
+                if not alive:
+                    break
     finally:
         for process in ranks:
-            process.join(timeout=10 if len(found) == world else 0)
+            process.join(timeout=5 if len(found) == world else 0)
             process.kill()
-    return [found[rank] for rank in range(world)]
+    return [found.get(rank, DIED) for rank in range(world)]
 
 
 def _rank(rank, world, port, results, work, arguments, environment):

@@ -13,6 +13,7 @@ takes of memory, disk and time, and starts nothing.
 from __future__ import annotations
 
 import signal
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 # The imports below take seconds. A signal in that time waits until somebody handles it: by default SIGUSR1,
@@ -28,6 +29,7 @@ from sae.exits import exit_on_input_error
 from sae.inspection import latent_table
 from sae.planning import plan_run
 from sae.reporting import is_reported, report_run
+from sae.run_lock import RunLock
 from sae.runs import checkpoint_to_resume, discard_run, is_finished, open_run, summary
 
 
@@ -43,25 +45,37 @@ def main(args: list[str] | None = None) -> None:
     checkpoint = None if cli.config.fresh else checkpoint_to_resume(folder, config)
     if not cli.config.fresh and is_finished(folder, config):
         print(f"{folder} is finished; --fresh starts over, a larger trainer.max_steps continues it.")
-    else:
-        cli.datamodule.prepare_data()  # makes the cache, by all ranks that torchrun or srun started
-        check_and_discard(cli, starts_over=checkpoint is None)
-        cli.agreement.also["the checkpoint"] = str(checkpoint)
-        if checkpoint:
-            rank_zero_only(print)(f"resuming from {checkpoint}")
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-        cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    report(folder)
+        report(folder)
+        return
+    cli.datamodule.prepare_data()  # makes the cache, by all ranks that torchrun or srun started
+    check_data(cli)
+    with owned(folder):
+        train(cli, checkpoint)
+        report(folder)
 
 
 @rank_zero_only
-def check_and_discard(cli: SaeCLI, starts_over: bool) -> None:
-    """Checks that training can start; only then a run that starts over is discarded."""
+def check_data(cli: SaeCLI) -> None:
+    """Checks that training can start, before anything of an earlier run is touched."""
     cli.datamodule.setup()
     cli.datamodule.train_dataloader()
     cli.datamodule.teardown("fit")
-    if starts_over:
-        discard_run(cli.run_folder)
+
+
+def owned(folder: Path) -> AbstractContextManager[object]:
+    """The run folder as this process's own; the first rank's, for all of them."""
+    return nullcontext() if getattr(rank_zero_only, "rank", 0) else RunLock(folder)
+
+
+def train(cli: SaeCLI, checkpoint: Path | None) -> None:
+    """Trains from the checkpoint, or from the start, and scores."""
+    if checkpoint is None:
+        rank_zero_only(discard_run)(cli.run_folder)
+    else:
+        rank_zero_only(print)(f"resuming from {checkpoint}")
+    cli.agreement.also["the checkpoint"] = str(checkpoint)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
 
 
 @rank_zero_only

@@ -39,6 +39,7 @@ from sae.errors import InputError
 from sae.files import write_atomically
 from sae.launch import check_launch
 from sae.training import SparseAutoencoderModule
+from sae.trust import TRUST_FLAG, TrustFlag, check_class_paths, only_trusted_classes, refusal, wants_trust
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LONGEST_ERROR = 400  # characters
@@ -98,6 +99,9 @@ class SaeCLI(LightningCLI):
             "--fresh", type=bool, default=False, help="Start over: discard what the run folder has."
         )
         parser.add_argument(
+            TRUST_FLAG, action=TrustFlag, help="Import whatever classes the configuration names."
+        )
+        parser.add_argument(
             "--checkpoint_every",
             type=int,
             default=500,
@@ -118,18 +122,23 @@ class SaeCLI(LightningCLI):
         argv = sys.argv[1:] if args is None else args
         # A switch alone reads better than `--fresh=true`.
         switches = {"--fresh": "--fresh=true", "--plan": "--plan.show=true"}
-        self.config = parser.parse_args([switches.get(argument, argument) for argument in argv])
+        self._trusted = wants_trust(argv)
+        with only_trusted_classes(self._trusted):
+            self.config = parser.parse_args([switches.get(argument, argument) for argument in argv])
+        check_class_paths(self.config, self._trusted)
 
     def instantiate_classes(self) -> None:
         """Builds datamodule, module and trainer, in that order."""
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), only_trusted_classes(self._trusted):
             # Lightning calls jsonargparse by names that it has since replaced.
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning.*")
             warnings.filterwarnings("ignore", message=r"(?s).*JsonargparseDeprecationWarning")
             try:
                 super().instantiate_classes()
             except (MisconfigurationException, ValueError) as error:
-                raise error if isinstance(error, InputError) else InputError(_shorten(str(error))) from error
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(refusal(str(error)) or _shorten(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """The trainer, with checkpoints, TensorBoard and the run folder whatever the callbacks listed."""
@@ -173,7 +182,8 @@ class SaeCLI(LightningCLI):
     @property
     def config_values(self) -> dict[str, Any]:
         """The whole configuration as plain values."""
-        text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
+        with only_trusted_classes(self._trusted):
+            text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
         values = yaml.safe_load(text)
         for name in ("fresh", "config", "plan"):  # of this call, not of the run
             values.pop(name, None)
@@ -217,7 +227,7 @@ class _Parser(LightningArgumentParser):
         """Prints the message alone and exits with 2."""
         if isinstance(ex, InputError):
             message = str(ex)
-        message = _shorten(message)
+        message = refusal(message) or _shorten(message)
         unknown = re.search(r"unrecognized arguments: --([^\s=]+)", message)
         if unknown:
             options = [option[2:] for option in self._option_string_actions if option.startswith("--")]

@@ -198,7 +198,10 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
     folder = Path(folder)
     config = read_config(folder)
     data = config["data"]
-    source = Source(**data["source"]) if data.get("source") else None
+    try:
+        source = Source(**data["source"]) if data.get("source") else None
+    except (TypeError, AttributeError) as error:
+        raise _not_ours(folder, "data.source", error) from error
     at = cache_folder(data.get("cache"), source)
     if not has_manifest(place_at(at)):
         raise InputError(
@@ -235,13 +238,22 @@ def _dictionary_of_checkpoint(folder: Path, config: dict[str, Any], d_model: int
             " the same train.py command again."
         )
     checkpoint = read_checkpoint(path)
-    described = config["model"]["dictionary"]
-    kind = Dictionary.kinds[described["class_path"].rpartition(".")[2]]
-    dictionary = kind(d_model, **described["init_args"])
+    try:
+        described = config["model"]["dictionary"]
+        kind = Dictionary.kinds[described["class_path"].rpartition(".")[2]]
+        dictionary = kind(d_model, **described["init_args"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _not_ours(folder, "model.dictionary", error) from error
     prefix = "dictionary."
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     dictionary.load_state_dict(state)
     return dictionary.eval().requires_grad_(False), int(checkpoint["global_step"])
+
+
+def _not_ours(folder: Path, key: str, error: Exception) -> InputError:
+    return InputError(
+        f"{folder / 'config.yaml'}: `{key}` is not what a run of this version writes ({error})."
+    )
 
 
 def summary(folder: Path) -> str:

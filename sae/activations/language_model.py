@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -55,10 +56,12 @@ def load_language_model(name: str, device: str | torch.device = "cpu") -> Langua
     source = str(DEMO_MODEL) if name == "demo" else name
     try:
         with _quiet_transformers():
-            config = AutoConfig.from_pretrained(source)
-            model = _model_class(config).from_pretrained(source, config=config, dtype="auto")
-            tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            # A model's own code is never run; unless told, transformers would ask on the terminal.
+            safe: dict[str, Any] = {"trust_remote_code": False}
+            config = AutoConfig.from_pretrained(source, **safe)
+            model = _model_class(config).from_pretrained(source, config=config, dtype="auto", **safe)
+            tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
         raise _cannot_load(name, reason(error, name, "model")) from error
     return LanguageModel(name, model.requires_grad_(False).eval().to(device), tokenizer)
 

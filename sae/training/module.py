@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning
 import torch
@@ -16,41 +16,16 @@ from sae.dictionaries import SparseAutoencoder
 from sae.errors import DivergedError, InputError
 from sae.ops.group import Group
 from sae.ops.metrics import ReconstructionMetrics, ReconstructionScores
-from sae.ops.moments import Moments
 from sae.training.dead_latents import DeadLatents, count_firings
 from sae.training.host_reading import HostReading
 from sae.training.losses import auxk_loss, reconstruction_loss
 from sae.training.riders import GradientRiders
+from sae.training.rows import Rows, RowSource
 from sae.training.schedules import learning_rate_for_width, warmup_then_decay
 
 RIDERS_BESIDE_LATENTS = 5
 """Numbers that ride on the gradients besides one for each latent."""
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """A batch as the module needs it."""
-
-    x: Tensor
-    position: Tensor | None
-
-
-@runtime_checkable
-class RowSource(Protocol):
-    """What the module needs of a datamodule."""
-
-    batch_size: int
-
-    @property
-    def d_model(self) -> int:
-        """Width of the rows."""
-        ...
-
-    @property
-    def moments(self) -> Moments:
-        """Mean and second moments of the training rows."""
-        ...
 
 
 class SparseAutoencoderModule(lightning.LightningModule):

@@ -84,7 +84,7 @@ def _check_entries(path: str, manifest: Mapping[str, Any]) -> None:
     entries = [*manifest["shards"], *manifest["files"]]
     names = [entry["file"] for entry in entries]
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name == "..":
             raise InputError(f"{path} names the file {name!r}; all files lie in the cache's own folder.")
     for name in set(names):
         if names.count(name) > 1:

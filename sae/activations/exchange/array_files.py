@@ -100,7 +100,7 @@ def _npy(path: Path, tensor: str | None) -> Array:
     if not shape:
         raise InputError(f"{path} holds a single number; an array of rows is needed.")
     if by_columns and len(shape) > 1:  # rows are not in one piece
-        mapped = np.load(path, mmap_mode="c")
+        mapped = np.load(path, mmap_mode="c", allow_pickle=False)
         return TensorArray(_tensor_of(str(path), mapped), str(path), file_identity(path))
     return FileArray(path, offset, torch_dtype, shape, swapped=not dtype.isnative)
 

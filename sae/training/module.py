@@ -176,7 +176,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
         planned = int(self.trainer.estimated_stepping_batches) * self.tokens_per_step
         after = self._dead_after_tokens or max(1, min(10_000_000, planned // 20))
         self.dead_latents.dead_after_tokens = after
-        self._flags = torch.zeros(4, device=self.device)
+        self._flags, self._not_asked = torch.zeros(4, device=self.device), torch.zeros(2, device=self.device)
         self._host = HostReading(late=self.device.type == "cuda")
 
     def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
@@ -194,13 +194,10 @@ class SparseAutoencoderModule(lightning.LightningModule):
         if self._logs_now:
             self._log_batch(u, reconstruction, fired.sum() / len(u), auxk)
         broken = torch.stack([~loss.isfinite(), ~u.sum().isfinite()])
-        asked = torch.tensor([self.asked_to_stop, self.asked_to_requeue])
-        return loss + self.riders.board(
-            fired=fired,
-            energy=reconstruction,
-            asked=asked.to(u.device, non_blocking=True),
-            broken=broken,
-        )
+        asked = self._not_asked
+        if self.asked_to_stop:  # the copy to the device is made only then
+            asked = torch.tensor([1.0, float(self.asked_to_requeue)], device=u.device)
+        return loss + self.riders.board(fired=fired, energy=reconstruction, asked=asked, broken=broken)
 
     def _log_batch(self, u: Tensor, reconstruction: Tensor, l0: Tensor, auxk: Tensor | None) -> None:
         """Logs what one rank would have found on the whole batch."""

@@ -408,7 +408,7 @@ def test_overview_shows_facts_comparison_and_counts(opened, small_report):
     wait_count(page, "20")
     assert rows(page)[:3] == [3, 13, 23]
     page.locator(".bar").get_by_text("Method").click()
-    assert page.get_by_text("1 − H(q) / H(p)").is_visible()
+    page.get_by_text("1 − H(q) / H(p)").wait_for()
 
 
 def searched(latent):

@@ -25,6 +25,7 @@ class ProgressFile(lightning.Callback):
         self._path = folder / "progress.json"
         self._written = 0.0
         self._max_steps: int | None = None
+        self._metrics: dict[str, float] = {}
 
     @rank_zero_only
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -76,8 +77,11 @@ class ProgressFile(lightning.Callback):
 
     def _write(self, trainer: lightning.Trainer, state: str, why: str | None = None) -> None:
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), Throughput())  # pyright: ignore
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
-        finite = {name: value for name, value in metrics.items() if abs(value) < float("inf")}
+        # Lightning forgets those of the training when the test begins.
+        self._metrics |= {
+            name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name
+        }
+        finite = {name: value for name, value in self._metrics.items() if abs(value) < float("inf")}
         values = {
             "state": state,
             "why": why,

@@ -85,6 +85,24 @@ def test_a_signal_ends_the_step_saves_and_exits_and_the_same_command_continues(
     assert differing(unbroken, left_by(tmp_path / "run")) == []
 
 
+def test_a_signal_during_validation_ends_the_run_before_another_step(cache, unbroken, tmp_path, monkeypatch):
+    run = write_run(tmp_path, cache, baselines=False)
+    real = SparseAutoencoderModule.validation_step
+
+    def signalled(self, batch, batch_idx):
+        if self.global_step == 20 and batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseAutoencoderModule, "validation_step", signalled)
+        assert _status(run) == 143
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 20
+    STOP_SIGNALS.received = None
+    main(["--config", run])
+    assert differing(unbroken, left_by(tmp_path / "run")) == []
+
+
 def test_a_second_ctrl_c_ends_at_once(cache, tmp_path, monkeypatch):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)

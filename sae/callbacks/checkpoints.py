@@ -68,8 +68,13 @@ class Checkpoints(Checkpoint):
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # a rank that was not there before
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
-        """Remembers that there is something to save."""
-        self._validated = not trainer.sanity_checking
+        """There is something to save; was one of the ranks asked to stop meanwhile?"""
+        if trainer.sanity_checking:
+            return
+        self._validated = True
+        group, received = Group.of_training(pl_module.device), STOP_SIGNALS.received
+        pl_module.stopping |= group.any(received is not None)
+        pl_module.requeueing |= group.any(received == signal.SIGUSR1)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule, batch: Any, batch_idx: int

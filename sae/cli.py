@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from sae.activations import ActivationDataModule
+from sae.activations.ranks import was_restarted
 from sae.callbacks import (  # the baselines for their short names
     Agreement,
     Checkpoints,
@@ -126,6 +127,8 @@ class SaeCLI(LightningCLI):
         with only_trusted_classes(self._trusted):
             self.config = parser.parse_args([switches.get(argument, argument) for argument in argv])
         check_class_paths(self.config, self._trusted)
+        if was_restarted():
+            self.config.fresh = False  # meant when the command was given, not after each preemption
 
     def instantiate_classes(self) -> None:
         """Builds datamodule, module and trainer, in that order."""

@@ -7,10 +7,10 @@ import signal
 import threading
 import time
 
-from sae.activations.ranks import launched_ranks
 from sae.errors import InputError, RunError
 
 _LOOK_S = 1.0
+_GRACE_S = 20.0
 _PEER_DIED = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
 
 
@@ -54,19 +54,20 @@ def explained(error: RuntimeError) -> InputError | RunError | None:
 
 
 def end_with_parent() -> None:
-    """Ends a process that Lightning's own launcher started once its parent, rank 0, has gone.
+    """Ends a process that torchrun or Lightning's own launcher started once its parent has gone.
 
-    torchrun and srun look after their processes themselves; nobody else would, and a rank that waits for
-    one that is no more waits for half an hour.
+    Asked first, so that it may save; then for good: a rank that waits for one that is no more waits for
+    half an hour. Under srun the node's own daemon sees to it.
     """
-    started_by_lightning = "LOCAL_RANK" in os.environ and launched_ranks().world == 1
-    if not started_by_lightning:
+    if "LOCAL_RANK" not in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:
         return
     parent = os.getppid()
 
     def look() -> None:
         while os.getppid() == parent:
             time.sleep(_LOOK_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_S)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=look, name="end with parent", daemon=True).start()

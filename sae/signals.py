@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import FrameType
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
@@ -56,6 +57,20 @@ class StopSignals:
         # A second SIGTERM is what SLURM sends while the first one is being heeded.
         if not again and not self.steps_are_taken:
             raise Stopped(signum)
+
+    def wait_to_be_ended(self, seconds: float) -> bool:
+        """Whether a signal comes in that time, as a launcher sends to all ranks once one has failed."""
+        self.steps_are_taken, self.received = True, None  # signals are recorded, nothing is raised
+        end = time.monotonic() + seconds
+        while self.received is None and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.received is not None
+
+    def ignore(self) -> None:
+        """Only the exit status counts from here: no signal may change it, nor end a last `scontrol`."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in STOPS:
+                signal.signal(signum, signal.SIG_IGN)
 
 
 STOP_SIGNALS = StopSignals()

@@ -11,7 +11,12 @@ cache has lost is made again. Under torchrun or srun each rank makes its share.
 
 from __future__ import annotations
 
+import signal
 import sys
+
+# As in train.py: a signal during the imports waits until somebody handles it.
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
 
 from lightning.pytorch.utilities import rank_zero_only
 

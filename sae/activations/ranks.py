@@ -28,3 +28,9 @@ def launched_ranks() -> Ranks:
     if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_PROCID" in os.environ:
         return Ranks(int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"]))
     return ALONE
+
+
+def was_restarted() -> bool:
+    """Whether SLURM or torchrun started this command again by itself, after a preemption or a crash."""
+    counts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(count not in ("", "0") for count in counts)

@@ -13,6 +13,7 @@ from support.laws import differing, left_by, write_run
 from support.ranks import DIED, run_ranks
 
 import sae
+from sae.activations import ActivationDataModule
 from sae.activations.exchange.imported import import_rows
 from sae.checkpoints import WholeCheckpoints, is_whole, newest_whole, read_checkpoint
 from sae.errors import DivergedError, InputError, RunError
@@ -297,16 +298,34 @@ def test_the_death_of_one_rank_ends_the_other(cache, tmp_path, capfd):
     assert "another rank has gone" in capfd.readouterr().err
 
 
-def _train_with_own_lr(config):
-    lr = 1e-3 * (1 + int(os.environ["RANK"]))
-    exit_on_input_error(lambda: main(["--config", config, f"--model.lr={lr}"]))
+def _train_with_own(config, what):
+    rank, extra = int(os.environ["RANK"]), []
+    if what == "configuration":
+        extra = [f"--model.lr={1e-3 * (1 + rank)}"]
+    elif rank == 1:  # its node has another cache at the same path
+        setup = ActivationDataModule.setup
+
+        def other(self, stage=None):
+            setup(self, stage)
+            self.cache.manifest["fingerprint"] = "another"
+
+        ActivationDataModule.setup = other
+    exit_on_input_error(lambda: main(["--config", config, *extra]))
 
 
-def test_ranks_that_disagree_are_refused_by_name_and_once(cache, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("configuration", "model.lr: 0.001 on rank 0, 0.002 on rank 1"),
+        ("cache", "'another' on rank 1"),
+    ],
+)
+def test_ranks_that_disagree_are_refused_by_name_and_once(cache, tmp_path, capfd, what, named):
     run = write_run(tmp_path, cache, baselines=False, devices=2)
-    assert run_ranks(2, _train_with_own_lr, run) == [2, 2]
+    assert run_ranks(2, _train_with_own, run, what) == [2, 2]
     told = capfd.readouterr().err
-    assert told.count("ranks disagree") == 1 and "model.lr: 0.001 on rank 0, 0.002 on rank 1" in told
+    assert told.count("ranks disagree") == 1 and named in told
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_batch_that_ranks_do_not_divide_is_refused(cache, tmp_path, capfd):

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from sae.dictionaries import SparseAutoencoder
-from sae.errors import DivergedError, InputError
+from sae.errors import DivergedError, InputError, RunError
 from sae.ops.group import Group
 from sae.ops.metrics import ReconstructionMetrics, ReconstructionScores
 from sae.training.dead_latents import DeadLatents, count_firings
@@ -319,10 +319,12 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self._held_out.merge(Group.of_training(self.device))
         self._scores, self._densities = self._held_out.compute(), self._held_out.densities
         if self._scores.fvu is not None and not math.isfinite(self._scores.fvu):
-            raise DivergedError(
-                f"the held-out FVU is {self._scores.fvu} at step {self.global_step:,}: lower `model.lr`, it"
-                f" was {self.lr:.3g}."
+            error = RunError(
+                f"the held-out FVU is {self._scores.fvu} at step {self.global_step:,}: training diverged;"
+                f" lower `model.lr`, it was {self.lr:.3g}."
             )
+            error.on_all_ranks = True
+            raise error
         known = {name: value for name, value in self._scores._asdict().items() if value is not None}
         # The ranks agree already; Lightning wants it said.
         self.log_dict({f"{stage}/{name}": value for name, value in known.items()}, sync_dist=True)

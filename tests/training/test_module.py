@@ -8,7 +8,7 @@ from sae.activations import ActivationDataModule
 from sae.activations.exchange.imported import import_rows
 from sae.activations.synthetic import PlantedWorld
 from sae.dictionaries import TopK
-from sae.errors import DivergedError, InputError
+from sae.errors import DivergedError, InputError, RunError
 from sae.ops.geometry import mean_max_cosine
 from sae.training import SparseAutoencoderModule
 
@@ -200,3 +200,13 @@ def test_diverged_training_names_step_and_batch_and_keeps_the_weights_before(wor
 def test_values_out_of_range_are_errors(arguments, match):
     with pytest.raises(InputError, match=match):
         SparseAutoencoderModule(_topk(8, 2), **arguments)
+
+
+def test_a_held_out_score_that_is_not_finite_ends_the_run(world_cache, tmp_path):
+    class Overflow(lightning.Callback):
+        def on_validation_start(self, trainer, module):
+            with torch.no_grad():
+                module.dictionary.b_dec.fill_(float("inf"))
+
+    with pytest.raises(RunError, match=r"the held-out FVU is (nan|inf) at step 5: training diverged; lower"):
+        _fit(world_cache, tmp_path, 9, callbacks=[Overflow()], val_check_interval=5)

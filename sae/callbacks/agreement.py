@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning
+import torch
 
 from sae.activations import ActivationDataModule
 from sae.errors import InputError
@@ -29,8 +30,9 @@ class Agreement(lightning.Callback):
         if stage != "fit":
             return
         data: ActivationDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        contents = {"the cache's contents": str(data.cache.manifest.get("fingerprint"))}
-        mine = dict(flatten(self._config)) | contents | self.also
+        mine = dict(flatten(self._config)) | self.also
+        mine["the cache's contents"] = data.cache.manifest.get("fingerprint")
+        mine["the seed"] = torch.initial_seed()  # `seed_everything: true` draws one on every rank
         group = Group.of_training(trainer.strategy.root_device)
         first, *others = group.objects(mine)
         for rank, other in enumerate(others, start=1):

@@ -1,13 +1,13 @@
 """Interrupts a run at random moments, again and again, and checks that it ends as if nothing had happened.
 
     python scripts/resume_drill.py
-    python scripts/resume_drill.py --interruptions 20 --runs 4 --ranks 2 --seed 1
+    python scripts/resume_drill.py --interruptions 12 --runs 3 --ranks 2 --seed 1
 
 One run goes through. Then the same run is started and killed (SIGKILL), asked to stop (SIGTERM, SIGUSR1,
 Ctrl-C) or has its last checkpoint torn, each time at a random moment, until it has had its share of
 interruptions; then it is left to end. Weights, Adam's moments, counters and metrics must be equal bit for
-bit, and every curve must have each step once. Takes about a quarter of a minute for each interruption,
-nearly all of it imports.
+bit, and every curve must have each step once. Takes about half a minute for each run and a quarter for each
+interruption, nearly all of it imports.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from sae.activations.synthetic import PlantedWorld
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LONGEST_S = 8.0
+"""Seconds after the start of training in which a run's interruptions come."""
 OF_THE_CLOCK = ("tokens_per_s", "data_wait", "memory_bytes", "mfu", "figures")
 
 
@@ -41,10 +43,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--interruptions", type=int, default=20, help="In all.")
-    parser.add_argument("--runs", type=int, default=4, help="Runs that share the interruptions.")
+    parser.add_argument(
+        "--runs", type=int, help="Runs that share them; as many as interruptions if left out."
+    )
     parser.add_argument("--ranks", type=int, default=1, help="Processes of each run.")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments and the signals.")
     arguments = parser.parse_args()
+    runs = arguments.runs or arguments.interruptions
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="resume-drill-") as scratch:
         folder = Path(scratch)
@@ -55,10 +60,10 @@ def main() -> None:
         print(f"unbroken: {time.monotonic() - begin:.0f} s", flush=True)
         unbroken = _left_by(folder / "unbroken")
         equal = 0
-        for i in range(arguments.runs):
+        for i in range(runs):
             run = folder / f"run{i}"
-            share = arguments.interruptions * (i + 1) // arguments.runs
-            share -= arguments.interruptions * i // arguments.runs
+            share = arguments.interruptions * (i + 1) // runs
+            share -= arguments.interruptions * i // runs
             _interrupt([*command, f"--trainer.default_root_dir={run}"], run, share, chance)
             wrong = _differing(unbroken, _left_by(run))
             equal += not wrong
@@ -66,8 +71,8 @@ def main() -> None:
                 f"run {i}: {share} interruptions, {'equal bit for bit' if not wrong else wrong[:5]}",
                 flush=True,
             )
-    print(f"{arguments.interruptions} interruptions, {equal} of {arguments.runs} ends bit-equal")
-    sys.exit(equal < arguments.runs)
+    print(f"{arguments.interruptions} interruptions, {equal} of {runs} ends bit-equal")
+    sys.exit(equal < runs)
 
 
 def _command(folder: Path, ranks: int) -> list[str]:
@@ -80,7 +85,7 @@ def _command(folder: Path, ranks: int) -> list[str]:
             "dead_after_tokens": 20_000,
         },
         "trainer": {
-            "max_steps": 3000,
+            "max_steps": 1200,
             "val_check_interval": 250,
             "log_every_n_steps": 10,
             "accelerator": "cpu",
@@ -113,9 +118,9 @@ def _run(command: list[str], until: float | None, signum: int = 0) -> int:
     return process.returncode
 
 
-def _interrupt(command: list[str], run: Path, times: int, chance: random.Random) -> None:
-    for _ in range(times):
-        signum, moment = chance.choice(SIGNALS), chance.uniform(0.0, 2.5)
+def _interrupt(command: list[str], run: Path, share: int, chance: random.Random) -> None:
+    for _ in range(share):
+        signum, moment = chance.choice(SIGNALS), chance.uniform(0.0, LONGEST_S / share)
         status = _run(command, moment, signum)
         torn = signum == signal.SIGKILL and chance.random() < 0.5 and _tear(run)
         told = f"{signal.Signals(signum).name} after {moment:.2f} s, exit {status}"

@@ -37,21 +37,26 @@ def main(args: list[str] | None = None) -> None:
     """Runs one experiment; `args` as on the command line."""
     cli = SaeCLI(args)
     if cli.config.plan.show:
-        plan = plan_run(cli.model, cli.datamodule, cli.trainer, cli.config.plan.gpus, cli.config.plan.memory)
+        gpus = cli.config.plan.gpus or cli.trainer.world_size
+        plan = plan_run(cli.model, cli.datamodule, cli.trainer, gpus, cli.config.plan.memory)
         print(plan)
         plan.check()
         return
+    with owned(cli.run_folder):
+        run(cli)
+
+
+def run(cli: SaeCLI) -> None:
+    """Trains, or goes on where the folder's run stands, or shows the one that is finished; then reports."""
     folder, config = cli.run_folder, cli.config_values
     checkpoint = None if cli.config.fresh else checkpoint_to_resume(folder, config)
     if not cli.config.fresh and is_finished(folder, config):
         print(f"{folder} is finished; --fresh starts over, a larger trainer.max_steps continues it.")
-        report(folder)
-        return
-    cli.datamodule.prepare_data()  # makes the cache, by all ranks that torchrun or srun started
-    check_data(cli)
-    with owned(folder):
+    else:
+        cli.datamodule.prepare_data()  # makes the cache, by all ranks that torchrun or srun started
+        check_data(cli)
         train(cli, checkpoint)
-        report(folder)
+    report(folder)
 
 
 @rank_zero_only
@@ -76,6 +81,7 @@ def train(cli: SaeCLI, checkpoint: Path | None) -> None:
     cli.agreement.also["the checkpoint"] = str(checkpoint)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    cli.run_files.finish()
 
 
 @rank_zero_only

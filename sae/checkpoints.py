@@ -17,6 +17,7 @@ from sae.errors import InputError, RunError
 from sae.files import format_bytes
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+_PARTS = ("state_dict", "loops", "dictionary", "generators", "pytorch-lightning_version")
 
 
 class WholeCheckpoints(CheckpointIO):
@@ -67,7 +68,11 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not is_whole(path):
         raise InputError(f"the checkpoint {path} is torn or missing; use {PREVIOUS} beside it, or `--fresh`.")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        lacking = [name for name in _PARTS if name not in checkpoint]
+        if lacking:
+            raise KeyError(f"it lacks {', '.join(lacking)}.")
+        return checkpoint
     except Exception as error:
         raise InputError(
             f"{path} is not a checkpoint of ours: {str(error).splitlines()[0][:200]} Nothing of it was run;"

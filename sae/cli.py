@@ -114,7 +114,9 @@ class SaeCLI(LightningCLI):
             default=False,
             help="--plan: print memory, disk, time and communication; start nothing.",
         )
-        parser.add_argument("--plan.gpus", type=int, default=1, help="GPUs planned for.")
+        parser.add_argument(
+            "--plan.gpus", type=int | None, default=None, help="GPUs planned for; null = as the Trainer has."
+        )
         parser.add_argument("--plan.memory", type=str, default=None, help="Of one GPU, e.g. 80GB.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -151,10 +153,11 @@ class SaeCLI(LightningCLI):
         root = self.run_folder
         config = self.config_init.trainer
         self.agreement = Agreement(self.config_values)
+        self.run_files = RunFolder(root, self.save_config, self.config.seed_everything)
         extra: list[lightning.Callback] = [
             Throughput(),
             SplicedLoss(),
-            RunFolder(root, self.save_config, self.config.seed_everything),
+            self.run_files,
             TensorBoardPanels(),
             ProgressFile(root),
         ]

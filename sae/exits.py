@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sae.activations.ranks import launched_ranks
 from sae.errors import InputError, RunError
-from sae.launch import end_with_parent, explained
+from sae.launch import end_with_parent, explained, is_started_by_lightning
 from sae.signals import STOP_SIGNALS, Stopped, requeue_slurm_job
 
 _PATIENCE_S = 10.0  # that other ranks give rank 0 for its last words
@@ -60,7 +60,8 @@ def exit_on_input_error(command: Callable[[], None]) -> None:
             # srun ends all ranks when the first one does: rank 0 must have requeued the job by then.
             STOP_SIGNALS.wait_to_be_ended(_PATIENCE_S)
             _ignore_signals()
-        sys.exit(128 + stop.signum)
+        # Lightning's own launcher kills rank 0, which may still be at work, once another rank has failed.
+        sys.exit(0 if rank and is_started_by_lightning() else 128 + stop.signum)
 
 
 def _say_once(message: str, said_by_rank_0: bool) -> None:

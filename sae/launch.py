@@ -53,6 +53,12 @@ def explained(error: RuntimeError) -> InputError | RunError | None:
     return None
 
 
+def is_started_by_lightning() -> bool:
+    """Whether Lightning's own launcher started this process, one of the further ranks of a machine."""
+    others = ("SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID")
+    return "LOCAL_RANK" in os.environ and not any(name in os.environ for name in others)
+
+
 def end_with_parent() -> None:
     """Ends a process that torchrun or Lightning's own launcher started once its parent has gone.
 

@@ -94,6 +94,7 @@ class RunLock:
         self.path = folder / LOCK
         self._mine: dict[str, Any] | None = None
         self._stop = threading.Event()
+        self._made: list[Path] = []
 
     def acquire(self) -> None:
         """Makes this process the owner; the folder is made if it is missing.
@@ -103,7 +104,9 @@ class RunLock:
         """
         if self._mine is not None:
             return
+        made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._made = made
         mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -126,6 +129,9 @@ class RunLock:
         with contextlib.suppress(OSError), _locked(self.path) as (file, _):
             if _parse(_content(file)) == mine and _is_at(file, self.path):
                 self.path.unlink()
+        with contextlib.suppress(OSError):  # folders made for the lock that nothing else went into
+            for folder in self._made:
+                folder.rmdir()
 
     def __enter__(self) -> RunLock:
         self.acquire()

@@ -63,15 +63,16 @@ def checkpoint_to_resume(folder: Path, config: dict[str, Any]) -> Path | None:
     """The checkpoint that a run of `config` in this folder continues from; None if there is none.
 
     Raises:
-        InputError: if the folder holds a run whose `model` or `data` differ (the keys are named), or its
-            checkpoints are torn.
+        InputError: if the folder holds a run whose `model`, `data`, seed, precision or accumulation differ
+            (the keys are named), or its checkpoints are torn.
     """
     if not (folder / "config.yaml").is_file():
         return None
     earlier = read_config(folder)
-    differing = [
-        key for group in ("model", "data") for key in _differing(earlier[group], config[group], group)
-    ]
+    compared = {key: (earlier.get(key), config.get(key)) for key in ("model", "data", "seed_everything")}
+    for name in ("precision", "accumulate_grad_batches"):  # a longer run, other callbacks: these may change
+        compared[f"trainer.{name}"] = earlier["trainer"].get(name), config["trainer"].get(name)
+    differing = [key for name, pair in compared.items() for key in _differing(*pair, name)]
     if differing:
         raise InputError(
             f"{folder} holds a run with another configuration; it differs in {', '.join(differing)}. Give"
@@ -259,6 +260,8 @@ def _not_ours(folder: Path, key: str, error: Exception) -> InputError:
 def summary(folder: Path) -> str:
     """The comparison table of a run: every method at the autoencoder's own L0."""
     metrics = read_metrics(folder)
+    if not metrics:
+        return "this run was not scored."
     methods = {"SAE": metrics, **{name.upper(): row for name, row in metrics["baselines"].items()}}
     lines = ["held-out rows " + "".join(f"{title:>{width}}" for title, _, width, _ in _COLUMNS)]
     for name, row in methods.items():

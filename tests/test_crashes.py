@@ -241,10 +241,11 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
 
 def test_a_checkpoint_is_never_seen_half_written(tmp_path, monkeypatch):
     files, path = WholeCheckpoints(), tmp_path / "last.ckpt"
-    files.save_checkpoint({"a": torch.arange(5)}, path)
+    whole = dict.fromkeys(("state_dict", "loops", "dictionary", "generators", "pytorch-lightning_version"))
+    files.save_checkpoint({**whole, "a": torch.arange(5)}, path)
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(5, "I/O error")))
     with pytest.raises(RunError, match="could not be written: .*I/O error"):
-        files.save_checkpoint({"a": torch.arange(6)}, path)
+        files.save_checkpoint({**whole, "a": torch.arange(6)}, path)
     assert files.load_checkpoint(path)["a"].tolist() == [0, 1, 2, 3, 4]
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
@@ -277,6 +278,45 @@ def test_seen_a_step_late_as_on_a_gpu_the_weights_are_those_of_the_same_step(cac
         torch.testing.assert_close(later[name], tensor)  # unit rows are made unit once more
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("step", "saved"), [(13, 10), (49, 49)])  # before a checkpoint; the last of the run
+def test_of_one_bad_step_nothing_is_saved_however_late_it_is_seen(
+    cache, tmp_path, monkeypatch, step, saved, late
+):
+    init, real = host_reading.HostReading.__init__, SparseAutoencoderModule.training_step
+
+    def once(self, batch, batch_idx):
+        loss = real(self, batch, batch_idx)
+        return loss * float("nan") if self.global_step == step else loss
+
+    monkeypatch.setattr(host_reading.HostReading, "__init__", lambda self, **_: init(self, late=late))
+    monkeypatch.setattr(SparseAutoencoderModule, "training_step", once)
+    run = write_run(tmp_path, cache, baselines=False)
+    for _ in range(2):  # the same command again comes to the same end
+        with pytest.raises(DivergedError, match=rf"not finite at step {step + 1} \(batch {step} "):
+            main(["--config", run])
+    last = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert last["global_step"] == saved
+    assert all(weight.isfinite().all() for weight in last["state_dict"].values())
+
+
+@pytest.mark.parametrize("clip", [{"gradient_clip_val": 0.0}, {"gradient_clip_algorithm": "value"}])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(cache, tmp_path, monkeypatch, clip):
+    real = SparseAutoencoderModule.on_before_optimizer_step
+
+    def spoil(self, optimizer):
+        real(self, optimizer)
+        if self.global_step == 16:
+            self.dictionary.b_enc.grad[3] = float("nan")
+
+    monkeypatch.setattr(SparseAutoencoderModule, "on_before_optimizer_step", spoil)
+    run = write_run(tmp_path, cache, baselines=False, **clip)
+    with pytest.raises(DivergedError, match="not finite at step 17 "):
+        main(["--config", run])
+    kept = sae.load(tmp_path / "run" / "before_divergence").saved_tensors()
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
 def _train_and_exit(config, die_at=None):
     if die_at is not None and torch.distributed.is_available() and os.environ["RANK"] == "1":
         real = SparseAutoencoderModule.training_step
@@ -296,6 +336,27 @@ def test_the_death_of_one_rank_ends_the_other(cache, tmp_path, capfd):
     assert run_ranks(2, _train_and_exit, run, 20) == [1, DIED]
     assert time.monotonic() - begin < 60
     assert "another rank has gone" in capfd.readouterr().err
+
+
+def _train_and_signal(config, rank, signum, step):
+    real = SparseAutoencoderModule.training_step
+
+    def signalled(self, batch, batch_idx):
+        if self.global_step == step and int(os.environ["RANK"]) == rank:
+            os.kill(os.getpid(), signum)
+        return real(self, batch, batch_idx)
+
+    SparseAutoencoderModule.training_step = signalled
+    exit_on_input_error(lambda: main(["--config", config]))
+
+
+@pytest.mark.parametrize("step", [20, 49])  # on the way, and in the last step
+def test_one_rank_that_is_signalled_ends_both_after_the_same_step(cache, tmp_path, capfd, step):
+    run = write_run(tmp_path, cache, baselines=False, devices=2)
+    assert run_ranks(2, _train_and_signal, run, 1, signal.SIGUSR1, step) == [138, 138]
+    assert f"stopped by SIGUSR1 after step {min(step + 2, 50)}; checkpoint saved" in capfd.readouterr().err
+    last = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert last["global_step"] == min(step + 2, 50)
 
 
 def _train_with_own(config, what):

@@ -72,9 +72,7 @@ class Checkpoints(Checkpoint):
         if trainer.sanity_checking:
             return
         self._validated = True
-        group, received = Group.of_training(pl_module.device), STOP_SIGNALS.received
-        pl_module.stopping |= group.any(received is not None)
-        pl_module.requeueing |= group.any(received == signal.SIGUSR1)
+        self._ask_ranks(pl_module)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule, batch: Any, batch_idx: int
@@ -98,7 +96,7 @@ class Checkpoints(Checkpoint):
         """The last one."""
         self._save(trainer, pl_module)
         STOP_SIGNALS.steps_are_taken = False
-        pl_module.stopping |= STOP_SIGNALS.received is not None  # after the last step had begun
+        self._ask_ranks(pl_module)  # a signal may have come after the last step had begun
         self._stop_if_asked(trainer, pl_module)
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
@@ -131,11 +129,18 @@ class Checkpoints(Checkpoint):
         """Keeps them until training starts."""
         self._generators = checkpoint["generators"]
 
+    def _ask_ranks(self, pl_module: SparseAutoencoderModule) -> None:
+        """Where no gradients are sent that could carry it."""
+        group, received = Group.of_training(pl_module.device), STOP_SIGNALS.received
+        pl_module.stopping |= group.any(received is not None)
+        pl_module.requeueing |= group.any(received == signal.SIGUSR1)
+
     def _save(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         is_best = self._validated and pl_module.scores is not None and self._is_best(pl_module.scores.fvu)
         self._validated = False
         if trainer.global_step == self._saved_at and not is_best:
             return
+        pl_module.catch_up()  # nothing is saved of a step that went wrong
         trainer.save_checkpoint(self.folder / LAST)
         self._saved_at = trainer.global_step
         if is_best and trainer.is_global_zero:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sae.callbacks.throughput import Throughput
 from sae.files import write_json
+from sae.launch import explained
 from sae.signals import Stopped
 
 SECONDS_APART = 5.0
@@ -71,7 +72,8 @@ class ProgressFile(lightning.Callback):
         """How it ended."""
         if self._path.parent.is_dir():
             stopped = isinstance(exception, (Stopped, KeyboardInterrupt))
-            why = str(exception).partition("\n")[0] or type(exception).__name__
+            told = explained(exception) if isinstance(exception, RuntimeError) else None
+            why = str(told or exception).partition("\n")[0] or type(exception).__name__
             with contextlib.suppress(OSError):  # the disk may be what is wrong
                 self._write(trainer, "stopped" if stopped else "failed", why)
 

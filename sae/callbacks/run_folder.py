@@ -71,7 +71,7 @@ class RunFolder(lightning.Callback):
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Metrics so far."""
         if not trainer.sanity_checking:
-            self._write_metrics(trainer, pl_module, finished=False)
+            self._write_metrics(trainer, pl_module)
 
     @rank_zero_only
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
@@ -102,21 +102,27 @@ class RunFolder(lightning.Callback):
             print(f"{kept}; {last} is as it was." if last.is_file() else f"{kept}.", file=sys.stderr)
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
-        """The final metrics."""
-        self._write_metrics(trainer, pl_module, finished=True)
+        """The final metrics; the run is finished once `finish` has been called."""
+        self._write_metrics(trainer, pl_module)
 
     @rank_zero_only
-    def _write_metrics(
-        self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule, finished: bool
-    ) -> None:
+    def finish(self) -> None:
+        """Says in metrics.json that nothing is left to do, figures and all."""
+        if self._last_metrics:
+            self._last_metrics = {**self._last_metrics, "finished": True}
+            write_json(self.folder / "metrics.json", self._last_metrics)
+
+    @rank_zero_only
+    def _write_metrics(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         assert pl_module.scores is not None
         dictionary = pl_module.dictionary
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         throughput = [c.tokens_per_s for c in trainer.callbacks if isinstance(c, Throughput)]
         metrics: dict[str, Any] = {
-            "finished": finished,
+            "finished": False,
             **pl_module.scores._asdict(),
             "steps": trainer.global_step,
-            "tokens_seen": trainer.global_step * pl_module.tokens_per_step,
+            "tokens_seen": batches * pl_module.rows.batch_size,
             "tokens_per_s": throughput[0] if throughput else None,
             "wall_s": self._wall_s(),
             "d_model": dictionary.d_model,

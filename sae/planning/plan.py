@@ -97,7 +97,7 @@ class RunPlan:
         if limit is None:
             return
         model, needed = self._model_bytes + RUNTIME_BYTES, self.total_memory + RUNTIME_BYTES
-        if model > limit:
+        if self._model_bytes and model > limit:
             raise InputError(
                 f"`plan.memory` must hold the language model, {format_bytes(model)} with"
                 f" {_RUNTIME}, got {format_bytes(limit)}; harvest on a larger GPU, or take a smaller"
@@ -186,6 +186,11 @@ def plan_run(
         )
     limit, on_processor = _memory_limit(trainer, gpus, memory)
     cache = plan_cache(data)
+    if cache.train_rows < data.batch_size:
+        raise InputError(
+            f"`batch_size`={data.batch_size:,} is more than the {cache.train_rows:,} train rows; lower it, or"
+            " raise `n_tokens`."
+        )
     with torch.device("meta"):
         dictionary = module.make_dictionary(cache.d_model)
     step = _step(module, dictionary, data.batch_size, trainer, cache, gpus)
@@ -258,7 +263,7 @@ def _steps(trainer: lightning.Trainer, batches: int) -> int:
     if trainer.max_steps != -1:
         ends.append(trainer.max_steps)
     if trainer.max_epochs not in (None, -1):
-        ends.append(trainer.max_epochs * max(1, batches) // trainer.accumulate_grad_batches)
+        ends.append(trainer.max_epochs * -(-max(1, batches) // trainer.accumulate_grad_batches))
     return min(ends)
 
 

@@ -35,7 +35,7 @@ class DeadLatents(nn.Module):
         self.register_buffer("dead", torch.zeros(n_latents, dtype=torch.bool))
 
     @torch.no_grad()
-    def update(self, fired: Bool[Tensor, " n_latents"], tokens: int, step: int) -> None:
+    def update(self, fired: Bool[Tensor, " n_latents"], tokens: int | Int[Tensor, ""], step: int) -> None:
         """Counts step `step`: the tokens that all ranks saw in it, and which latents fired on any."""
         self.tokens_since_fired += tokens
         self.tokens_since_fired.masked_fill_(fired, 0)

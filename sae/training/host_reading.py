@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class Moment(NamedTuple):
+    """When something happened."""
+
+    step: int
+    """Optimiser steps before it."""
+    batch: int
+    """Batches before it, in the order of the run's seed."""
 
 
 class HostReading:
@@ -16,23 +27,23 @@ class HostReading:
 
     def __init__(self, late: bool) -> None:
         self._late = late
-        self._waiting: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._waiting: tuple[Moment, Tensor, torch.cuda.Event | None] | None = None
 
-    def of(self, step: int, numbers: Float[Tensor, " n"]) -> tuple[int, list[float]] | None:
-        """Takes a step's numbers; gives the step and the numbers that can be read now, if any can."""
+    def of(self, now: Moment, numbers: Float[Tensor, " n"]) -> tuple[Moment, list[float]] | None:
+        """Takes a step's numbers; gives the moment and the numbers that can be read now, if any can."""
         if not self._late:
-            return step, numbers.tolist()
-        before, self._waiting = self.last(), (step, *_copy(numbers))
+            return now, numbers.tolist()
+        before, self._waiting = self.last(), (now, *_copy(numbers))
         return before
 
-    def last(self) -> tuple[int, list[float]] | None:
+    def last(self) -> tuple[Moment, list[float]] | None:
         """What is still to be read; waits for it."""
         if self._waiting is None:
             return None
-        (step, copy, event), self._waiting = self._waiting, None
+        (then, copy, event), self._waiting = self._waiting, None
         if event is not None:
             event.synchronize()
-        return step, copy.tolist()
+        return then, copy.tolist()
 
 
 def _copy(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

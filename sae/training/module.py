@@ -17,13 +17,13 @@ from sae.errors import DivergedError, InputError, RunError
 from sae.ops.group import Group
 from sae.ops.metrics import ReconstructionMetrics, ReconstructionScores
 from sae.training.dead_latents import DeadLatents, count_firings
-from sae.training.host_reading import HostReading
+from sae.training.host_reading import HostReading, Moment
 from sae.training.losses import auxk_loss, reconstruction_loss
 from sae.training.riders import GradientRiders
 from sae.training.rows import Rows, RowSource
 from sae.training.schedules import learning_rate_for_width, warmup_then_decay
 
-RIDERS_BESIDE_LATENTS = 5
+RIDERS_BESIDE_LATENTS = 6
 """Numbers that ride on the gradients besides one for each latent."""
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
@@ -130,6 +130,11 @@ class SparseAutoencoderModule(lightning.LightningModule):
                 f"`trainer.precision` {trainer.precision} is not supported (weights stay in full precision);"
                 f" use {', '.join(_PRECISIONS)}."
             )
+        if trainer.log_every_n_steps < 1:
+            raise InputError(
+                f"`trainer.log_every_n_steps` must be at least 1, got {trainer.log_every_n_steps};"
+                " `trainer.logger=false` logs nothing."
+            )
         if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
             raise InputError(
                 "`trainer.max_steps` or `trainer.max_epochs` must be given: the schedule needs an end."
@@ -137,7 +142,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
 
     @property
     def tokens_per_step(self) -> int:
-        """Rows that one optimiser step sees, over all ranks."""
+        """Rows that one optimiser step sees, over all ranks; fewer where a pass ends within it."""
         return self.rows.batch_size * self.trainer.accumulate_grad_batches
 
     def configure_model(self) -> None:
@@ -153,7 +158,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self.dictionary.set_input_statistics(moments.mean, moments.mean_squared_norm)
         n_latents = self.dictionary.n_latents
         self.dead_latents = DeadLatents(n_latents, self._dead_after_tokens or 1)
-        self.riders = GradientRiders(fired=n_latents, energy=1, asked=2, broken=2)
+        self.riders = GradientRiders(fired=n_latents, energy=1, batches=1, asked=2, broken=2)
         self.register_buffer("energy", torch.ones(()))  # mean square of the residual at the last step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -197,7 +202,10 @@ class SparseAutoencoderModule(lightning.LightningModule):
         asked = self._not_asked
         if self.asked_to_stop:  # the copy to the device is made only then
             asked = torch.tensor([1.0, float(self.asked_to_requeue)], device=u.device)
-        return loss + self.riders.board(fired=fired, energy=reconstruction, asked=asked, broken=broken)
+        one = torch.ones_like(reconstruction)
+        return loss + self.riders.board(
+            fired=fired, energy=reconstruction, batches=one, asked=asked, broken=broken
+        )
 
     def _log_batch(self, u: Tensor, reconstruction: Tensor, l0: Tensor, auxk: Tensor | None) -> None:
         """Logs what one rank would have found on the whole batch."""
@@ -219,13 +227,15 @@ class SparseAutoencoderModule(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes what came with the gradients, and from W_dec's what restoring unit norm would undo."""
         arrived = self.riders.arrive()
-        self.dead_latents.update(arrived["fired"] > 0, self.tokens_per_step, self.global_step)
-        self.energy.copy_(arrived["energy"].squeeze())
+        share = arrived["batches"].squeeze()  # below 1 where a pass ends within an accumulated step
+        tokens = (share * self.tokens_per_step).round().long()
+        self.dead_latents.update(arrived["fired"] > 0, tokens, self.global_step)
+        self.energy.copy_(arrived["energy"].squeeze() / share)
         if self._logs_now:
             self.log("train/dead_fraction", self.dead_latents.fraction(), prog_bar=True)
         # Once broken, always: until the host has seen it, no step may touch the weights.
-        self._flags = torch.cat([arrived["asked"], arrived["broken"]]) + self._flags
-        optimizer.found_inf = (self._flags[2] > 0).float()  # pyright: ignore[reportAttributeAccessIssue]
+        flags = torch.cat([arrived["asked"].nan_to_num(0.0), arrived["broken"].nan_to_num(1.0)])
+        self._flags = flags + self._flags
         self.dictionary.remove_parallel_gradient()
 
     def configure_gradient_clipping(
@@ -234,16 +244,21 @@ class SparseAutoencoderModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the Trainer's settings; Lightning's own way refuses fused optimisers in bf16."""
+        """Clips by the Trainer's settings; Lightning's own way refuses fused optimisers in bf16.
+
+        Whatever is clipped, a gradient that is not finite keeps the optimiser from this step.
+        """
         parameters = list(self.dictionary.parameters())
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val or torch.inf)
-        elif gradient_clip_val or self._logs_now:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or torch.inf)
-            optimizer.found_inf.copy_((self._flags[2] > 0) | ~norm.isfinite())  # pyright: ignore
-            self._flags[2] += optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
-            if self._logs_now:
-                self.log("train/grad_norm", norm)
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+            if gradient_clip_val:
+                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        self._flags[2] += ~norm.isfinite()
+        optimizer.found_inf = (self._flags[2] > 0).float()  # pyright: ignore[reportAttributeAccessIssue]
+        if self._logs_now:
+            self.log("train/grad_norm", norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimiser's step, unless something is not finite; then unit norm.
@@ -253,20 +268,22 @@ class SparseAutoencoderModule(lightning.LightningModule):
         """
         super().optimizer_step(*args, **kwargs)
         self.dictionary.restore_unit_norm()
-        self._heed(self._host.of(self.global_step, self._flags))
+        now = Moment(self.global_step, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1)
+        self._heed(self._host.of(now, self._flags))
 
-    def on_train_end(self) -> None:
-        """Looks at the last step too."""
+    def catch_up(self) -> None:
+        """Looks at the last step too, where that has not been done yet; raises as `optimizer_step`."""
         self._heed(self._host.last())
 
-    def _heed(self, read: tuple[int, list[float]] | None) -> None:
+    on_train_end = catch_up
+
+    def _heed(self, read: tuple[Moment, list[float]] | None) -> None:
         """Acts on the flags of a step."""
         if read is None:
             return
-        step, (stop, requeue, broken, broken_rows) = read
+        moment, (stop, requeue, broken, broken_rows) = read
         self.stopping, self.requeueing = stop > 0, requeue > 0
         if broken > 0:
-            batch = f"batch {step * self.trainer.accumulate_grad_batches:,}"
             why = (
                 "that batch has rows that are not finite: look for damage in the cache with"
                 " `scripts/cache_activations.py --verify`"
@@ -274,8 +291,8 @@ class SparseAutoencoderModule(lightning.LightningModule):
                 else f"its rows are finite, so training diverged: lower `model.lr`, it was {self.lr:.3g}"
             )
             raise DivergedError(
-                f"the loss or its gradient is not finite at step {step + 1:,} ({batch} in the order of seed"
-                f" {torch.initial_seed()}, counted from 0); {why}."
+                f"the loss or its gradient is not finite at step {moment.step + 1:,} (batch {moment.batch:,}"
+                f" in the order of seed {torch.initial_seed()}, counted from 0); {why}."
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -100,6 +100,7 @@ def test_every_configuration_of_a_real_model_is_tested_here():
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} - BUILT_IN == set(REAL)
 
 
+@pytest.mark.slow
 def test_runs_end_to_end_on_a_tiny_model_of_its_family(name, tiny, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # caches/ and runs/ as the configuration names them
     values = _values(name)

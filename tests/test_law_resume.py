@@ -35,7 +35,7 @@ def _cut_at(monkeypatch, step, run):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("batches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_interrupted_and_run_again_leaves_the_same(cache, tmp_path, monkeypatch, kind, batches):
     """Cuts before the first checkpoint, at one, at a validation, across passes, and several in one run."""
     main(["--config", write_run(tmp_path / "unbroken", cache, kind, accumulate_grad_batches=batches)])

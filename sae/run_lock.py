@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -100,10 +101,22 @@ class RunLock:
         """Makes this process the owner; the folder is made if it is missing.
 
         Raises:
-            InputError: if a live process owns it: names host, process and since when.
+            InputError: if a live process owns it: names host, process and since when; or if nothing can be
+                written there.
         """
         if self._mine is not None:
             return
+        try:
+            self._acquire()
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise InputError(
+                f"nothing can be written into {self.folder} ({error.strerror}); give another"
+                " `trainer.default_root_dir`. Runs of others are read with scripts/inspect_features.py."
+            ) from error
+
+    def _acquire(self) -> None:
         made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._made = made

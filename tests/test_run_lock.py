@@ -1,5 +1,6 @@
 """A run folder belongs to one live process: real processes, killed ones, other hosts, races."""
 
+import errno
 import json
 import os
 import signal
@@ -228,3 +229,23 @@ def test_a_forked_child_does_not_release_its_parents_lock(tmp_path):
 
 def test_no_folder_has_no_owner(tmp_path):
     assert owner_of(tmp_path / "none") is None and read_lock(tmp_path / "none") is None
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    def refuses(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refuses)
+    with pytest.raises(
+        InputError, match=r"nothing can be written into .*run \(Read-only file system\); give"
+    ):
+        RunLock(tmp_path / "run").acquire()
+
+
+def test_a_folder_made_for_the_lock_alone_goes_with_it(tmp_path):
+    with RunLock(tmp_path / "runs" / "x"):
+        assert (tmp_path / "runs" / "x" / "lock.json").is_file()
+    assert list(tmp_path.iterdir()) == []
+    with RunLock(tmp_path / "runs" / "x"):
+        (tmp_path / "runs" / "x" / "config.yaml").write_text("a run")
+    assert [p.name for p in (tmp_path / "runs" / "x").iterdir()] == ["config.yaml"]

@@ -95,31 +95,6 @@ def test_finished_run_shows_its_table_and_trains_no_more(config, tmp_path, capsy
     assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_interrupted_run_resumes_to_the_same_weights(config, tmp_path, monkeypatch):
-    main(["--config", str(config)])
-    expected = _weights(tmp_path)
-    main(["--config", str(config), "--fresh", "--trainer.max_steps=40", "--trainer.limit_test_batches=1"])
-    # Interrupt after the first validation: its checkpoint is what the same command finds.
-    from sae.training import SparseAutoencoderModule
-
-    real = SparseAutoencoderModule.training_step
-
-    def dies(self, batch, batch_idx):
-        if self.global_step == 27:
-            raise RuntimeError("power cut")
-        return real(self, batch, batch_idx)
-
-    monkeypatch.setattr(SparseAutoencoderModule, "training_step", dies)
-    with pytest.raises(RuntimeError, match="power cut"):
-        main(["--config", str(config), "--fresh"])
-    monkeypatch.setattr(SparseAutoencoderModule, "training_step", real)
-    assert not _metrics(tmp_path)["finished"] and not (tmp_path / "run" / "dictionary").exists()
-    main(["--config", str(config)])
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, _weights(tmp_path)[name]), name
-    assert _metrics(tmp_path)["steps"] == 40
-
-
 def test_run_that_died_between_training_and_scoring_is_finished_by_the_same_command(
     config, tmp_path, monkeypatch
 ):

@@ -30,7 +30,9 @@ def _without_generators(left):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-6), ("32-true", 2e-6)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [pytest.param("64-true", 1e-6, marks=pytest.mark.slow), ("32-true", 2e-6)]
+)
 def test_two_ranks_leave_what_one_leaves(cache, tmp_path, kind, precision, tolerance):
     """Weights, Adam's moments, counters, metrics, baselines, and every point of every curve, once.
 

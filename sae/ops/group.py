@@ -36,6 +36,13 @@ class Group:
                 dist.all_reduce(moved)
                 tensor.copy_(moved)
 
+    def max_(self, tensor: Tensor) -> None:
+        """Replaces the tensor by its largest over the ranks, number by number."""
+        if self.world > 1:
+            moved = tensor.to(self._device)
+            dist.all_reduce(moved, dist.ReduceOp.MAX)
+            tensor.copy_(moved)
+
     def of_first_(self, *tensors: Tensor) -> None:
         """Replaces each tensor by the first rank's."""
         if self.world > 1:
@@ -58,6 +65,15 @@ class Group:
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)]).to(rows.device)
+
+    def gather_equal(self, values: Tensor) -> Tensor:
+        """The values of all ranks, (ranks, ...): of equal shape everywhere, so nobody is asked how many."""
+        if self.world == 1:
+            return values[None]
+        moved = values.contiguous().to(self._device)
+        parts = [torch.empty_like(moved) for _ in range(self.world)]
+        dist.all_gather(parts, moved)
+        return torch.stack(parts).to(values.device)
 
     def any(self, here: bool) -> bool:
         """Whether it holds on any rank."""

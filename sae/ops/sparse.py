@@ -53,6 +53,10 @@ class SparseLatents(NamedTuple):
         lengths[present] = self.row_offsets.diff()
         return self._replace(row_offsets=F.pad(lengths.cumsum(0), (1, 0)))
 
+    def with_values_of(self, matrix: Float[Tensor, "rows n_latents"]) -> SparseLatents:
+        """The same entries with the values that a matrix has there."""
+        return self._replace(values=matrix[self.rows, self.indices])
+
     def to_dense(self, n_latents: int) -> Float[Tensor, "rows n_latents"]:
         """The code as a matrix."""
         dense = self.values.new_zeros(self.n_rows, n_latents)
@@ -64,13 +68,6 @@ def from_dense(latents: Float[Tensor, "rows n_latents"]) -> SparseLatents:
     rows, indices = latents.nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=len(latents))
     return SparseLatents(latents[rows, indices], indices, F.pad(counts.cumsum(0), (1, 0)))
-
-
-def top_k(pre_acts: Float[Tensor, "rows n_latents"], k: int) -> SparseLatents:
-    """The k largest pre-activations of every row, as they are (not rectified)."""
-    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
-    offsets = torch.arange(0, values.numel() + 1, k, device=values.device)
-    return SparseLatents(values.flatten(), indices.flatten(), offsets)
 
 
 def sparse_pre_acts(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sae.ops.sparse import SparseLatents, from_dense, sparse_decode, sparse_pre_acts, top_k
+from sae.ops.selection import top_k
+from sae.ops.sparse import SparseLatents, from_dense, sparse_decode, sparse_pre_acts
 
 ROWS, D, N, K = 7, 5, 11, 3
 

@@ -1,0 +1,154 @@
+"""Which latents fire: against a sort of everything, and by several ranks as by one."""
+
+import pytest
+import torch
+from support.kinds import make, rows
+from support.ranks import run_ranks
+
+from sae.ops.group import ALONE, Group
+from sae.ops.selection import above, prefer, strongest_rows, top_k, top_of_batch
+from sae.training.dead_latents import DeadLatents
+from sae.training.revival import resample, whose_turn
+
+
+def _matrix(n_rows=12, n_latents=20, seed=0):
+    return torch.randn(n_rows, n_latents, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (12, 20), (64, 7)])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.31, 1.0, 3.0])
+def test_top_of_batch_is_the_top_of_the_flattened_matrix(shape, share):
+    matrix = _matrix(*shape)
+    count = int(share * matrix.numel())
+    code = top_of_batch(matrix, count)
+    kept = torch.zeros(matrix.numel(), dtype=torch.bool)
+    kept[matrix.flatten().argsort(descending=True)[:count]] = True
+    assert torch.equal(code.to_dense(shape[1]), matrix * kept.view(shape))
+    assert len(code.values) == min(count, matrix.numel()) and code.n_rows == shape[0]
+
+
+def test_entries_ascend_within_rows():
+    code = top_of_batch(_matrix(), 50)
+    places = code.rows * 20 + code.indices
+    assert torch.equal(places, places.sort().values)
+
+
+def test_of_equal_values_no_more_are_taken_than_asked_for():
+    code = top_of_batch(torch.tensor([[1.0, 2.0, 1.0], [1.0, 0.0, 1.0]]), 3)
+    assert sorted(code.values.tolist()) == [1.0, 1.0, 2.0]
+
+
+def test_top_k_and_above_by_hand():
+    matrix = torch.tensor([[3.0, -1.0, 2.0], [-3.0, -1.0, -2.0]])
+    assert top_k(matrix, 2).to_dense(3).tolist() == [[3.0, 0.0, 2.0], [0.0, -1.0, -2.0]]
+    assert above(matrix, torch.tensor(2.0)).to_dense(3).tolist() == [[3.0, 0.0, 0.0], [0.0] * 3]
+    assert above(matrix, torch.tensor([5.0, -2.0, 1.0])).indices.tolist() == [1, 2, 1]
+
+
+def test_a_threshold_is_compared_in_its_own_precision():
+    threshold = torch.tensor(1.0010, dtype=torch.float64)  # in bfloat16: 1
+    assert above(torch.ones(1, 1).bfloat16(), threshold - 0.002).indices.tolist() == [0]
+    assert above(torch.full((1, 1), 1.0078125).bfloat16(), threshold + 0.0067).indices.tolist() == [0]
+    assert above(torch.full((1, 1), 1.0078125).bfloat16(), threshold + 0.0070).indices.tolist() == []
+
+
+def test_the_strongest_row_of_each_latent_is_found_and_goes_first():
+    matrix = torch.tensor([[0.1, -5.0, 2.0], [0.3, -1.0, 9.0]])
+    found = strongest_rows(matrix, torch.tensor([0, 1]))
+    assert [part.tolist() for part in found] == [[1], [0]]  # latent 1 is positive nowhere
+    code = top_of_batch(prefer(matrix, *found), 2).with_values_of(matrix)
+    torch.testing.assert_close(code.to_dense(3), torch.tensor([[0.0, 0.0, 0.0], [0.3, 0.0, 9.0]]))
+
+
+@pytest.mark.parametrize("kind", ["TopK", "BatchTopK", "MatryoshkaBatchTopK"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_minfire_keeps_the_budget_and_lets_all_in_turn_fire(kind, k):
+    dictionary = make(kind, k=k)
+    u = dictionary.normalise(rows(40))
+    for step in range(5):
+        turn = whose_turn(step, 100, dictionary.n_latents, 40.0 * k, u.device)
+        code = dictionary.training_code(u, turn=turn)
+        assert len(code.latents.values) == 40 * k
+        can = turn[(code.pre_acts[:, turn] > 0).any(0)]
+        # Of one row TopK may be asked for more than k.
+        if kind != "TopK":
+            assert set(can.tolist()) <= set(code.latents.indices[code.latents.values > 0].tolist())
+
+
+def test_turns_go_round_and_end_before_the_run():
+    device = torch.device("cpu")
+    seen = [whose_turn(step, 100, 10, 12.0, device).tolist() for step in range(4)]
+    assert seen == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 1]]
+    assert whose_turn(89, 100, 10, 12.0, device) is not None
+    assert whose_turn(90, 100, 10, 12.0, device) is None
+    assert whose_turn(0, 100, 10, 1e9, device).tolist() == list(range(10))
+
+
+def _alike(mine, whole, group):
+    """The ranks' entries, one after the other, are those of one rank."""
+    found = group.gather(mine.detach())
+    assert torch.equal(found != 0, whole != 0)
+    torch.testing.assert_close(found, whole.detach())
+
+
+def _by_ranks(world):
+    torch.distributed.init_process_group("gloo")
+    group = Group.of_training(torch.device("cpu"))
+    matrix = _matrix(4 * world, 20)
+    uneven = matrix.flatten().sort(descending=True).values.view_as(matrix)  # the first rank has the largest
+    for of_all in (matrix, uneven, matrix.clamp_max(0.0).sub(1.0)):
+        for count in (0, 1, 7, 37, 10_000):
+            whole = top_of_batch(of_all, count)
+            part = top_of_batch(group.share(of_all), count, group)
+            found, wanted = (code.to_dense(20).flatten() for code in (part, whole))
+            if of_all is matrix or of_all is uneven:
+                _alike(found.view(-1, 20), wanted.view(-1, 20), group)
+            else:  # of many that are equal, so many
+                assert torch.equal(group.gather(found).sort().values, wanted.sort().values)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        _strongest(matrix.to(dtype), group)
+    _strongest(torch.cat([matrix[:4]] * world), group)  # the same rows on every rank: one of them alone
+    _kinds(group)
+    _resampling(group)
+
+
+def _strongest(matrix, group):
+    latents = torch.tensor([0, 3, 19, 7])
+    rows, of = strongest_rows(matrix, latents)
+    mine, of_mine = strongest_rows(group.share(matrix), latents, group)
+    n_rows = len(matrix) // group.world
+    found = group.gather(torch.stack([mine + group.rank * n_rows, of_mine], 1))
+    assert sorted(found.tolist()) == sorted(torch.stack([rows, of], 1).tolist())
+
+
+def _kinds(group):
+    for kind in ("TopK", "BatchTopK", "ReLU", "Gated", "JumpReLU"):
+        for turn in (None, torch.arange(6)):
+            dictionary = make(kind) if kind != "BatchTopK" else make(kind, k=0.29)
+            u = dictionary.normalise(rows(50 * group.world))
+            whole, mine = (
+                dictionary.training_code(x, g, turn) for x, g in ((u, ALONE), (group.share(u), group))
+            )
+            assert mine.latents.n_rows == 50
+            _alike(mine.latents.to_dense(30), whole.latents.to_dense(30), group)
+            for name in dictionary.news:
+                news = mine.news[name].clone()
+                group.sum_(news)
+                torch.testing.assert_close(news / group.world, whole.news[name])
+
+
+def _resampling(group):
+    dictionary, alone = make("JumpReLU"), make("JumpReLU")
+    residual = rows(5 * group.world)
+    for one, mine, by in ((dictionary, group.share(residual), group), (alone, residual, ALONE)):
+        counters = DeadLatents(30, 10)
+        counters.tokens_since_fired[[4, 9]] = 11
+        assert resample(one, counters, 10, mine, torch.optim.Adam(one.parameters()), 5, by) == 2
+    for name, parameter in dictionary.named_parameters():
+        assert torch.equal(parameter, dict(alone.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_choose_as_one_would(world):
+    outcomes = run_ranks(world, _by_ranks, world)
+    assert outcomes == [None] * world, "\n".join(map(str, outcomes))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from sae.errors import InputError
+from sae.ops.slots import check_k, energy_to_leave, from_slots, gram_if_it_pays, mixed
 from sae.ops.sparse import SparseLatents
 
-# Rows pursued together: bounds memory at _CHUNK * (3 n_latents + 2 k²) float64 numbers.
+# Rows pursued together: bounds memory at _CHUNK * (3 n_latents + 2 k²) float64 numbers, and without a Gram
+# matrix of all atoms at _CHUNK * k * d_model more.
 _CHUNK = 512
 # A correlation below this share of |x| counts as none: what is left of x is rounding.
 _FLOOR = 1e-6
@@ -20,65 +20,86 @@ _RIDGE = 1e-10
 
 @torch.no_grad()
 def nonnegative_pursuit(
-    x: Float[Tensor, "rows d_model"], atoms: Float[Tensor, "n_latents d_model"], k: int
+    x: Float[Tensor, "rows d_model"],
+    atoms: Float[Tensor, "n_latents d_model"],
+    k: int,
+    residual_threshold: float | Float[Tensor, " rows"] = 0.0,
 ) -> SparseLatents:
     """Non-negative orthogonal matching pursuit: at most k atoms a row, with coefficients > 0.
 
     Each of k rounds chooses the atom with the largest positive correlation with the residual, then
     refits all chosen coefficients by non-negative least squares. An atom stays chosen: the refit may
     set its coefficient to zero and a later one may raise it again, so a row has k active atoms or
-    fewer. A row stops early when no atom correlates with what is left. Everything happens in
-    float64 on the Gram matrix of the atoms and on x atomsᵀ, never on tensors of (rows k, d_model).
+    fewer. A row stops early when no atom correlates with what is left, or when little enough is left.
+    Everything happens in float64, on the Gram matrix of the atoms and on x atomsᵀ; where that matrix is too
+    large or not worth it, on the residuals and the Gram matrices of the chosen atoms.
 
     Args:
         x: Rows, already centred.
         atoms: Unit rows.
         k: The most atoms a row may use.
+        residual_threshold: Share of |x| at which a row stops; one for all rows or one for each.
 
     References:
         "On the Uniqueness of Nonnegative Sparse Solutions to Underdetermined Systems of Equations",
         Bruckstein, Elad & Zibulevsky, 2008 (the pursuit). "Solving Least Squares Problems", Lawson &
         Hanson, 1974, chapter 23 (the refit, here for many rows at once).
     """
-    _check_k(k, len(atoms))
-    exact = atoms.double()
-    gram = exact @ exact.T
-    parts = [_pursue(rows.double(), exact, gram, k) for rows in x.split(_CHUNK)]
+    check_k(k, len(atoms))
+    exact, rows = atoms.double(), x.double()
+    gram = gram_if_it_pays(exact, len(rows), k)
+    enough = energy_to_leave(rows.square().sum(1), residual_threshold)
+    chunks = zip(rows.split(_CHUNK), enough.split(_CHUNK), strict=True)
+    parts = [_pursue(exact, gram, k, *chunk) for chunk in chunks]
     values, indices = (torch.cat(side) for side in zip(*parts, strict=True))
-    return _without_zeros(values.to(atoms.dtype), indices)
+    return from_slots(values.to(atoms.dtype), indices)
 
 
 @torch.no_grad()
 def largest_codes(latents: Float[Tensor, "rows n_latents"], k: int) -> SparseLatents:
     """The k latents largest in magnitude in every row, signs kept; zeros are left out."""
-    _check_k(k, latents.shape[1])
+    check_k(k, latents.shape[1])
     indices = latents.abs().topk(k, dim=1).indices
-    return _without_zeros(latents.gather(1, indices), indices)
+    return from_slots(latents.gather(1, indices), indices)
 
 
-def _pursue(x: Tensor, atoms: Tensor, gram: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _pursue(atoms: Tensor, gram: Tensor | None, k: int, x: Tensor, enough: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients and atoms of every row, (rows, k) each; slots never filled hold zero."""
     correlations = x @ atoms.T
-    floor = _FLOOR * x.norm(dim=1)
+    energy = x.square().sum(1)
+    floor = _FLOOR * energy.sqrt()
     values = x.new_zeros(len(x), k)
     chosen = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
     live = torch.arange(len(x), device=x.device)
-    residual = correlations
+    left, residual = energy, correlations
     for size in range(1, k + 1):
         best, atom = residual.max(dim=1)
-        going = best > floor[live]
+        going = (best > floor[live]) & (left > enough[live])
         live, atom = live[going], atom[going]
         if len(live) == 0:
             break
         chosen[live, size - 1] = atom
         slots = chosen[live, :size]
         target = correlations[live]
-        small_gram = gram[slots[:, :, None], slots[:, None, :]]
-        refitted = _refit(small_gram, target.gather(1, slots), values[live, :size])
+        aim = target.gather(1, slots)
+        small_gram = _gram_of(atoms[slots]) if gram is None else gram[slots[:, :, None], slots[:, None, :]]
+        refitted = _refit(small_gram, aim, values[live, :size])
         values[live, :size] = refitted
-        explained = F.embedding_bag(slots, gram, per_sample_weights=refitted, mode="sum")
-        residual = target.sub_(explained).scatter_(1, slots, -torch.inf)
+        if size == k:
+            break
+        if gram is None:
+            rest = x[live].sub_(mixed(slots, atoms, refitted))
+            left, residual = rest.square().sum(1), rest @ atoms.T
+        else:
+            explained = mixed(slots, gram, refitted)
+            left = energy[live] - (refitted * (2 * aim - explained.gather(1, slots))).sum(1)
+            residual = target.sub_(explained)
+        residual.scatter_(1, slots, -torch.inf)
     return values, chosen
+
+
+def _gram_of(chosen: Tensor) -> Tensor:
+    return chosen @ chosen.transpose(1, 2)
 
 
 def _refit(gram: Tensor, target: Tensor, start: Tensor) -> Tensor:
@@ -121,14 +142,3 @@ def _solve_free(gram: Tensor, target: Tensor, free: Tensor) -> Tensor:
     system = torch.where(both, gram, torch.eye(free.shape[1], dtype=gram.dtype, device=gram.device))
     factor, _ = torch.linalg.cholesky_ex(system)
     return torch.cholesky_solve((target * free)[:, :, None], factor).squeeze(2)
-
-
-def _without_zeros(values: Tensor, indices: Tensor) -> SparseLatents:
-    """CSR of (rows, k) values and their latents."""
-    kept = values != 0
-    return SparseLatents(values[kept], indices[kept], F.pad(kept.sum(1).cumsum(0), (1, 0)))
-
-
-def _check_k(k: int, n_latents: int) -> None:
-    if not 1 <= k <= n_latents:
-        raise InputError(f"`k` must be in [1, n_latents={n_latents}], got k={k}; lower k or raise n_latents.")

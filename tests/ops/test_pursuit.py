@@ -9,6 +9,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.ops import pursuit
 from sae.ops.pursuit import largest_codes, nonnegative_pursuit
 
 
@@ -84,6 +85,40 @@ def test_pursuit_does_not_depend_on_the_other_rows() -> None:
     x = torch.randn(1300, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     whole = nonnegative_pursuit(x, atoms, 5).to_dense(20)
     torch.testing.assert_close(whole[1000:1010], nonnegative_pursuit(x[1000:1010], atoms, 5).to_dense(20))
+
+
+def test_pursuit_without_a_gram_matrix_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    atoms = _atoms(40, 10)
+    x = torch.randn(300, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with_gram = [nonnegative_pursuit(x, atoms, 8, threshold).to_dense(40) for threshold in (0.0, 0.3)]
+    monkeypatch.setattr(pursuit, "gram_if_it_pays", lambda atoms, rows, rounds: None)
+    without = [nonnegative_pursuit(x, atoms, 8, threshold).to_dense(40) for threshold in (0.0, 0.3)]
+    torch.testing.assert_close(with_gram, without, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_pursuit_stops_at_the_residual_threshold_and_not_before(rowwise: bool) -> None:
+    atoms = _atoms(30, 10)
+    x = torch.randn(200, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    share = (
+        torch.linspace(0.1, 0.9, 200, dtype=torch.float64) if rowwise else torch.full((200,), 0.4).double()
+    )
+    found = nonnegative_pursuit(x, atoms, 30, share if rowwise else 0.4).to_dense(30)
+    enough = share * x.norm(dim=1)
+    stopped = torch.zeros(200, dtype=torch.bool)
+    before = torch.zeros_like(found)
+    for k in range(1, 12):
+        codes = nonnegative_pursuit(x, atoms, k).to_dense(30)
+        stops = (x - codes @ atoms).norm(dim=1) <= enough
+        stops &= (x - before @ atoms).norm(dim=1) > enough
+        torch.testing.assert_close(found[stops], codes[stops])
+        stopped, before = stopped | stops, codes
+    assert stopped.float().mean() > 0.9
+
+
+def test_negative_residual_threshold_raises() -> None:
+    with pytest.raises(InputError, match="`residual_threshold` must be at least 0, got -0.5"):
+        nonnegative_pursuit(torch.ones(1, 4), torch.eye(4), 2, -0.5)
 
 
 def test_pursuit_of_no_rows_is_empty() -> None:

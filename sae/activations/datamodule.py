@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import torch
+from torch import Tensor
 
 from sae.activations.cache import ActivationCache, read_manifest
 from sae.activations.cache.format import has_manifest, is_whole
@@ -20,6 +21,9 @@ from sae.activations.ranks import ALONE, Ranks, launched_ranks
 from sae.activations.rolling import RollingShards
 from sae.activations.sampler import SHUFFLE_ROWS
 from sae.activations.source import Source, parse_bytes
+from sae.activations.synthetic.config import WorldSource
+from sae.activations.synthetic.world import World
+from sae.activations.synthetic.written import write_world
 from sae.errors import InputError
 from sae.ops.moments import Moments
 
@@ -36,6 +40,7 @@ class ActivationDataModule(lightning.LightningDataModule):
         shuffle_rows: int = SHUFFLE_ROWS,
         workers: int = 1,
         local_disk: str | int = "50GB",
+        world: WorldSource | None = None,
     ) -> None:
         """Describes the data; nothing is read yet.
 
@@ -47,12 +52,15 @@ class ActivationDataModule(lightning.LightningDataModule):
             shuffle_rows: rows mixed together in memory when read; they come from up to 32 shards at once.
             workers: threads that gather batches ahead of training; 0 = none.
             local_disk: bytes of this machine's disk that shards fetched from a URL may take.
+            world: a world of known features to write rows of where the cache is missing, instead of a source.
         """
         super().__init__()
         if source is not None:
             source.check()
-        self.source = source
-        self.location = cache_folder(cache, source)
+        if world is not None:
+            world.config().check()
+        self.source, self.world = source, world
+        self.location = cache_folder(cache, source, world)
         self.batch_size, self.shuffle_rows, self.workers = batch_size, shuffle_rows, workers
         self.hookpoint = hookpoint or ""
         self.local_disk = parse_bytes(str(local_disk), "local_disk")
@@ -66,7 +74,15 @@ class ActivationDataModule(lightning.LightningDataModule):
         Called before `fit`, by all ranks that torchrun or srun started: they share the work. Lightning
         calls it in one process of each node: that one works alone.
         """
+        if self.world is not None:
+            self._write_world(self.world)
+            return
         open_or_harvest(self._place(), self.source, ranks=None if self.trainer is None else ALONE)
+
+    def _write_world(self, world: WorldSource) -> None:
+        """By the first rank; the others wait for it when they start to train together."""
+        if launched_ranks().rank == 0:
+            write_world(World(world.config()), self._place(), world.n_rows, world.held_out)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the cache and settles the hookpoint."""
@@ -94,6 +110,11 @@ class ActivationDataModule(lightning.LightningDataModule):
         if self._moments is None:
             self._moments = self.cache.moments(self.hookpoint)
         return self._moments
+
+    def first_rows(self, n: int) -> Tensor:
+        """Up to n train rows, those first on disk; held-out ones where train shards come and go."""
+        split = "held_out" if self.cache.is_rolling else "train"
+        return next(iter(self.cache.batches(split, self.hookpoint, n))).x.float()
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches of the train split, resumable."""
@@ -168,14 +189,18 @@ class ActivationDataModule(lightning.LightningDataModule):
         return self.val_dataloader()
 
 
-def cache_folder(cache: str | None, source: Source | None) -> str:
-    """Where the cache lies: as named, or a name made from the source.
+def cache_folder(cache: str | None, source: Source | None, world: WorldSource | None = None) -> str:
+    """Where the cache lies: as named, or a name made from the source or the world.
 
     Raises:
-        InputError: if neither is given.
+        InputError: if none of them is given, or both a source and a world.
     """
+    if source is not None and world is not None:
+        raise InputError("`data.source` and `data.world` cannot both be given; leave one out.")
     if cache is not None:
         return cache if is_url(cache) else str(Path(cache))
+    if world is not None:
+        return str(Path("caches") / world.folder_name())
     if source is None:
         raise InputError("`data.cache` or `data.source` must be given: a folder, or what to harvest.")
     digest = hashlib.sha256(json.dumps(source.identity(), sort_keys=True).encode()).hexdigest()[:8]

@@ -97,8 +97,8 @@ def language_model_of(
     name = manifest.get("model")
     if name is None:
         raise InputError(
-            "the rows of the cache were imported, and no language model is named for them; import them with"
-            " their token ids and --model to read latents."
+            "the rows of the cache were imported or made up, and no language model is named for them; if one"
+            " made them, import them with their token ids and --model to read latents."
         )
     name = elsewhere or name
     language_model = load_language_model(name, device)

@@ -19,6 +19,10 @@ class PlantedRows(NamedTuple):
     x: Float[Tensor, "rows d_model"]
     latents: SparseLatents
 
+    def to(self, device: torch.device) -> PlantedRows:
+        """On a device."""
+        return PlantedRows(self.x.to(device), SparseLatents(*(part.to(device) for part in self.latents)))
+
 
 class PlantedWorld:
     """Unit directions, of which every row adds up a fixed number with random positive magnitudes."""

@@ -35,7 +35,7 @@ class Dictionary(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not cls.__name__.startswith("_") and "inference" in cls.__dict__:
+        if not (cls.__name__.startswith("_") or getattr(cls.inference, "__isabstractmethod__", False)):
             Dictionary.kinds[cls.__name__] = cls
 
     def __init__(self, d_model: int, n_latents: int) -> None:
@@ -109,5 +109,5 @@ class Dictionary(nn.Module, ABC):
         return self.directions.device
 
     def extra_repr(self) -> str:
-        """Shows the constructor's arguments in `print(dictionary)`."""
-        return ", ".join(f"{name}={value}" for name, value in self.config.items())
+        """Shows the arguments that were given in `print(dictionary)`."""
+        return ", ".join(f"{name}={value}" for name, value in self.config.items() if value is not None)

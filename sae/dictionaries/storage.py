@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors_bytes
+from torch import Tensor
 
 from sae.dictionaries.base import Dictionary
 from sae.errors import InputError
@@ -72,11 +73,11 @@ def load_dictionary(folder: str | Path) -> Dictionary:
             f" {', '.join(sorted(Dictionary.kinds))}; install the version of `sae` that wrote it."
         )
     arguments = {name: config[name] for name in signature(kind).parameters if name in config}
+    tensors = read_dictionary_tensors(folder)
     try:
-        tensors = load_file(folder / "weights.safetensors")
         dictionary = kind(**arguments).to(DTYPES[config["dtype"]])
         dictionary.load_saved_tensors(tensors)
-    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"the dictionary in {folder} does not match its config.json: {error}") from error
     return dictionary.eval().requires_grad_(False)
 
@@ -96,6 +97,19 @@ def read_dictionary_config(folder: str | Path) -> dict[str, Any]:
         found = config.get("format") if isinstance(config, dict) else None
         raise InputError(f"{path} has format {found!r}, expected {FORMAT!r}; is it another tool's file?")
     return config
+
+
+def read_dictionary_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """The weights of a saved dictionary, in the saved form.
+
+    Raises:
+        InputError: if they cannot be read.
+    """
+    path = _dictionary_folder(Path(folder)) / "weights.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} does not match its config.json: {error}") from error
 
 
 def _dictionary_folder(folder: Path) -> Path:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.dictionaries.autoencoder import SparseAutoencoder
+from sae.dictionaries.autoencoder import TrainingCode
+from sae.dictionaries.linear_encoder import LinearEncoder
 from sae.errors import InputError
-from sae.ops.sparse import SparseLatents, top_k
+from sae.ops.group import ALONE, Group
+from sae.ops.selection import prefer, strongest_rows, top_k
+from sae.ops.sparse import SparseLatents
 
 
-class TopK(SparseAutoencoder):
+class TopK(LinearEncoder):
     """latents = relu(the k largest of pre_acts), all others zero.
 
     L0 is set, not searched for, and no penalty shrinks the latents. A vector fires fewer than k when
@@ -29,13 +34,9 @@ class TopK(SparseAutoencoder):
         torch.Size([5, 8])
     """
 
-    def __init__(self, d_model: int, n_latents: int, k: int) -> None:
+    def __init__(self, d_model: int, n_latents: int, k: int | None = None) -> None:
         super().__init__(d_model, n_latents)
-        if not 1 <= k <= n_latents:
-            raise InputError(
-                f"`k` must be in [1, n_latents={n_latents}], got k={k}; lower k or raise n_latents."
-            )
-        self.k = k
+        self.k = whole_k(k, n_latents)
 
     @property
     def inference(self) -> str:
@@ -45,8 +46,65 @@ class TopK(SparseAutoencoder):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {"d_model": self.d_model, "n_latents": self.n_latents, "k": self.k}
+        return self.arguments(k=self.k)
 
-    def select(self, pre_acts: Float[Tensor, "rows n_latents"]) -> SparseLatents:
-        """The k largest pre-activations of every row."""
-        return top_k(pre_acts, self.k)
+    @property
+    def entries_per_row(self) -> float:
+        """Latents that training selects per row: k."""
+        return float(self.k)
+
+    def training_code(
+        self, u: Float[Tensor, "rows d_model"], group: Group = ALONE, turn: Int[Tensor, " some"] | None = None
+    ) -> TrainingCode:
+        """The k largest of every row; a latent whose turn it is goes first in the row it likes best."""
+        v = self.encoder_input(u)
+        k = min(self.n_latents, max(1, round(self.k * self.l0_factor)))
+        with torch.no_grad():
+            pre_acts = self.pre_acts(v)
+            if turn is None:
+                selected = top_k(pre_acts, k)
+            else:
+                selected = top_k(prefer(pre_acts, *strongest_rows(pre_acts, turn, group)), k)
+                selected = selected.with_values_of(pre_acts)
+        selected = self.with_gradients(v, selected)
+        return TrainingCode(selected._replace(values=selected.values.relu()), pre_acts, v)
+
+    def encode_normalised(self, u: Float[Tensor, "rows d_model"]) -> SparseLatents:
+        """The k largest, rectified."""
+        selected = top_k(self.pre_acts(self.encoder_input(u)), self.k)
+        return selected._replace(values=selected.values.relu())
+
+    def _take_own(self, tensors: Mapping[str, Tensor], norms: Tensor) -> None:
+        if norms.max() > 1.001 * norms.min():
+            raise InputError(
+                f"`W_dec` must have rows of one norm, got {norms.min():.4g} to {norms.max():.4g}: to"
+                " bring them to norm one would change which pre-activations are among the k largest."
+            )
+        super()._take_own(tensors, norms)
+
+
+def whole_k(k: int | float | None, n_latents: int) -> int:
+    """`checked_k` of kinds that choose row by row: a whole number.
+
+    Raises:
+        InputError: if it is none.
+    """
+    k = checked_k(k, n_latents)
+    if k != int(k):
+        raise InputError(f"`k` must be a whole number for a kind that chooses row by row, got k={k}.")
+    return int(k)
+
+
+def checked_k(k: int | float | None, n_latents: int) -> int | float:
+    """K as given.
+
+    Raises:
+        InputError: unless 0 < k <= n_latents, and at least 1 where it counts latents of one row.
+    """
+    if k is None:
+        raise InputError("`k` must be given, the latents per row; or `model.target_l0`: a number, or auto.")
+    if isinstance(k, bool) or not isinstance(k, (int, float)):
+        raise InputError(f"`k` must be a number of latents, got {k!r}.")
+    if not (k <= n_latents and (k >= 1 if isinstance(k, int) else k > 0)):
+        raise InputError(f"`k` must be in [1, n_latents={n_latents}], got k={k}; lower k or raise n_latents.")
+    return k

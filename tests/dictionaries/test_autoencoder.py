@@ -47,7 +47,7 @@ def test_parallel_gradient_is_removed_and_unit_norm_restored(dictionary):
     assert (dictionary.W_dec.grad * dictionary.W_dec).sum(1).abs().max() < 1e-6
     with torch.no_grad():
         dictionary.W_dec.mul_(3.0)
-    dictionary.restore_unit_norm()
+    dictionary.constrain()
     torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(10))
 
 

@@ -1,10 +1,14 @@
 """What every dictionary must do, trained or fitted."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import sae
+import sae.baselines
 from sae.dictionaries import Dictionary, SparseAutoencoder
+from sae.dictionaries.penalised import Penalised
 from sae.errors import InputError
 from sae.ops.moments import StreamingMoments
 
@@ -25,12 +29,16 @@ def _moments(rows):
 
 def _autoencoder(kind):
     torch.manual_seed(0)
-    dictionary = kind(D, N, K)
+    dictionary = kind(D, N, **ARGUMENTS[kind.__name__])
     moments = _moments(_rows())
     dictionary.set_input_statistics(moments.mean, moments.mean_squared_norm)
     with torch.no_grad():
-        dictionary.b_enc.normal_(std=0.1)
+        if hasattr(dictionary, "b_enc"):
+            dictionary.b_enc.normal_(std=0.1)
         dictionary.b_dec.normal_(std=0.1)
+        for name in ("r_mag", "b_mag", "threshold"):
+            if hasattr(dictionary, name):
+                getattr(dictionary, name).add_(0.1 * torch.rand(()))
     return dictionary
 
 
@@ -38,10 +46,16 @@ def _fitted(baseline):
     return baseline.fit([_rows()], _moments(_rows()))
 
 
+ARGUMENTS = {
+    name: {"target_l0": float(K)} if issubclass(kind, Penalised) else {"k": K}
+    for name, kind in Dictionary.kinds.items()
+    if issubclass(kind, SparseAutoencoder)
+}
 MAKERS = {
-    "TopK": lambda: _autoencoder(sae.TopK),
+    **{name: partial(_autoencoder, Dictionary.kinds[name]) for name in ARGUMENTS},
     "PCA": lambda: _fitted(sae.PCA(D)),
     "NMF": lambda: _fitted(sae.NMF(D, D)),
+    "Refined": lambda: sae.Refined.of(_autoencoder(sae.TopK)),
 }
 
 
@@ -111,39 +125,36 @@ def test_saved_and_loaded_dictionary_computes_the_same(dictionary, tmp_path):
 def test_saved_form_needs_one_product_and_the_stated_rule(dictionary):
     tensors = dictionary.saved_tensors()
     torch.testing.assert_close(tensors["W_dec"].norm(dim=1), torch.ones(dictionary.n_latents))
-    if isinstance(dictionary, SparseAutoencoder):
+    if "W_enc" in tensors and isinstance(dictionary, SparseAutoencoder):
         x = _rows(30)
-        pre_acts = x @ tensors["W_enc"] + tensors["b_enc"]
-        latents = torch.zeros_like(pre_acts).scatter(
-            1, pre_acts.topk(K).indices, pre_acts.topk(K).values.relu()
-        )
+        latents = _by_rule(dictionary, tensors, x @ tensors["W_enc"] + tensors["b_enc"])
         torch.testing.assert_close(latents, dictionary.encode(x), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(
             latents @ tensors["W_dec"] + tensors["b_dec"], dictionary(x).x_hat, rtol=1e-3, atol=1e-3
         )
 
 
-def test_d_model_is_the_first_argument_of_every_kind():
-    for kind in Dictionary.kinds.values():
-        assert (
-            list(
-                kind(
-                    D,
-                    **(
-                        {}
-                        if kind.__name__ == "PCA"
-                        else {"n_latents": N} | ({"k": K} if issubclass(kind, SparseAutoencoder) else {})
-                    ),
-                ).config
-            )[0]
-            == "d_model"
-        )
+def _by_rule(dictionary, tensors, pre_acts):
+    """The rule that config.json states, written down again."""
+    name = type(dictionary).__name__
+    if name == "TopK":
+        top = pre_acts.topk(K)
+        return torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
+    if name == "ReLU":
+        return pre_acts.relu()
+    if name == "Gated":
+        magnitudes = tensors["r_mag"].exp() * (pre_acts - tensors["b_enc"]) + tensors["b_mag"]
+        return magnitudes.relu() * (pre_acts > 0)
+    return pre_acts * (pre_acts > tensors["threshold"])
+
+
+def test_d_model_is_the_first_argument_of_every_kind(dictionary):
+    assert next(iter(dictionary.config)) == "d_model"
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_latents_or_no_width_is_an_error(name):
-    kind = Dictionary.kinds[name]
-    extra = {"k": 1} if issubclass(kind, SparseAutoencoder) else {}
+    kind, extra = Dictionary.kinds[name], {"k": 1} if name == "Refined" else ARGUMENTS.get(name, {})
     with pytest.raises(InputError, match="`n_latents` must be"):
         kind(D, n_latents=0, **extra)
     with pytest.raises(InputError, match="`d_model` must be"):

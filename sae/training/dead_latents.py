@@ -43,6 +43,12 @@ class DeadLatents(nn.Module):
             self.dead.copy_(self.tokens_since_fired >= self.dead_after_tokens)
             self._ids = None
 
+    def forgive(self, ids: Int[Tensor, " some"]) -> None:
+        """Counts some latents as if they had just fired."""
+        self.tokens_since_fired[ids] = 0
+        self.dead[ids] = False
+        self._ids = None
+
     @property
     def ids(self) -> Int[Tensor, " dead"]:
         """Latents that were dead at the last refresh."""

@@ -1,4 +1,4 @@
-"""The terms of the training loss, on normalised inputs."""
+"""The terms of the training loss that all kinds share, on normalised inputs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ from torch import Tensor
 
 from sae.dictionaries import SparseAutoencoder
 from sae.dictionaries.autoencoder import TrainingCode
-from sae.ops.sparse import sparse_decode, sparse_pre_acts, top_k
-
-
-def reconstruction_loss(residual: Float[Tensor, "rows d_model"]) -> Float[Tensor, ""]:
-    """Mean over rows of |u - u_hat|^2 / d_model: the batch's FVU, as u has mean squared norm d_model."""
-    return residual.square().mean()
+from sae.ops.sparse import sparse_decode
 
 
 def auxk_loss(
     dictionary: SparseAutoencoder,
-    u: Float[Tensor, "rows d_model"],
     residual: Float[Tensor, "rows d_model"],
     code: TrainingCode,
     dead: Int[Tensor, " dead"],
@@ -36,7 +30,6 @@ def auxk_loss(
 
     Args:
         dictionary: gives the weights.
-        u: normalised inputs.
         residual: u - u_hat; detached here.
         code: the batch's code with all its pre-activations.
         dead: the dead latents, at least one.
@@ -47,9 +40,19 @@ def auxk_loss(
     """
     residual = residual.detach()
     k = min(len(dead), max(1, dictionary.d_model // 2))
-    strongest = top_k(code.pre_acts[:, dead], k)
-    strongest = strongest._replace(indices=dead[strongest.indices])
-    revived = sparse_pre_acts(u, dictionary.W_enc_rows, dictionary.b_enc, strongest)
-    revived = revived._replace(values=revived.values.relu())
-    e_hat = sparse_decode(revived, dictionary.W_dec)
-    return (residual - e_hat).square().mean() / energy.clamp_min(torch.finfo(u.dtype).tiny)
+    e_hat = sparse_decode(dictionary.revived_code(code, residual, dead, k), dictionary.W_dec)
+    missed = dictionary.weigh(residual - e_hat)
+    return missed.square().mean() / energy.clamp_min(torch.finfo(residual.dtype).tiny)
+
+
+def pre_activation_loss(
+    dictionary: SparseAutoencoder, code: TrainingCode, dead: Int[Tensor, " dead"]
+) -> Float[Tensor, ""]:
+    """How much dead latents lack to fire: sum over them, mean over rows.
+
+    Its gradient lifts a dead latent on all rows alike, until it fires on some.
+
+    References:
+        Dictionary Learning Optimization Techniques, Conerly et al., Transformer Circuits, January 2025.
+    """
+    return (-dictionary.dead_pre_acts(code, dead)).relu().sum() / len(code.inputs)

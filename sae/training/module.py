@@ -1,101 +1,137 @@
-"""The LightningModule: one dictionary, its loss and its optimiser."""
+"""The LightningModule: dictionaries that learn from the same batches, their losses and their optimiser."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, cast
 
 import lightning
 import torch
-from jaxtyping import Float64
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.dictionaries import SparseAutoencoder
-from sae.errors import DivergedError, InputError, RunError
-from sae.ops.group import Group
-from sae.ops.metrics import ReconstructionMetrics, ReconstructionScores
-from sae.training.dead_latents import DeadLatents, count_firings
+from sae.errors import InputError
+from sae.ops.group import ALONE, Group
+from sae.ops.metrics import ReconstructionScores
+from sae.training.beginning import Beginning, Start
+from sae.training.dead_latents import DeadLatents
+from sae.training.divergence import clip_gradients, scores_not_finite, step_not_finite
+from sae.training.held_out import HeldOut
 from sae.training.host_reading import HostReading, Moment
-from sae.training.losses import auxk_loss, reconstruction_loss
-from sae.training.riders import GradientRiders
+from sae.training.learner import Learner
+from sae.training.names import SINGLE, Make, curve, named
+from sae.training.pace import Pace
+from sae.training.recipe import Recipe
+from sae.training.revival import Way
 from sae.training.rows import Rows, RowSource
-from sae.training.schedules import learning_rate_for_width, warmup_then_decay
-
-RIDERS_BESIDE_LATENTS = 6
-"""Numbers that ride on the gradients besides one for each latent."""
-_PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+from sae.training.target_l0 import AskedL0, TargetL0
+from sae.training.trainer_settings import check_trainer
 
 
 class SparseAutoencoderModule(lightning.LightningModule):
-    """Trains a dictionary on rows of an activation cache.
+    """Trains a dictionary, or several at once, on rows of an activation cache.
 
-    loss = reconstruction + auxk_coefficient * AuxK, with Adam, linear warm-up, and decay to zero over
-    the end of the run. W_dec's rows are brought back to unit norm after every optimiser step; the part
-    of their gradient that this would undo is removed before it.
+    loss = the kind's reconstruction, penalty and other terms, and what revives dead latents (`Learner`),
+    with Adam, linear warm-up, and decay to zero over the end of the run. W_dec's rows are brought back to
+    unit norm after every optimiser step; the part of their gradient that this would undo is taken off.
+
+    Several dictionaries share the batches and nothing else: each has its learner, its clipping and its rate,
+    so it becomes what it would be alone, bit for bit. One that diverges ends the run of all.
 
     Several ranks that share a batch train as one rank on the whole of it. What they have to know of each
     other rides on the gradients (`GradientRiders`): which latents fired, whether the loss is finite, whether
-    one of them was asked to stop. Only steps that log do a collective of their own.
+    one of them was asked to stop. Only steps that log do a collective of their own, and kinds whose choice
+    of latents is one over the whole batch.
     """
-
-    dictionary: SparseAutoencoder
-    dead_latents: DeadLatents
-    riders: GradientRiders
-    energy: Tensor
 
     def __init__(
         self,
-        dictionary: Callable[[int], SparseAutoencoder],
+        dictionary: Make | None = None,
         lr: float | None = None,
         warmup_steps: int = 100,
         decay_share: float = 0.2,
+        revival: list[Way] | None = None,
         auxk_coefficient: float = 1 / 32,
+        pre_act_coefficient: float = 3e-6,
+        resample_every: int | None = None,
         dead_after_tokens: int | None = None,
+        l0_start: float | None = None,
+        start: Start = "sphere",
+        whiten: bool = False,
+        init_from: str | None = None,
+        ema_decay: float | None = None,
+        target_l0: AskedL0 = None,
+        dictionaries: dict[str, Make] | None = None,
     ) -> None:
-        """Describes the training; the dictionary is built once the width of the data is known.
+        """Describes the training; dictionaries are built once the width of the data is known.
 
         Args:
             dictionary: the kind with its arguments; called with d_model.
-            lr: Adam's rate; null = the recipe's rule, 2e-4 * sqrt(2^14 / n_latents).
+            lr: Adam's rate; null = the recipe's rule, see `learning_rate_for`.
             warmup_steps: steps of linear rise from zero.
-            decay_share: share of the run over which the rate falls to zero.
-            auxk_coefficient: weight of the loss that revives dead latents; 0 = off.
-            dead_after_tokens: tokens without firing after which a latent counts as dead; null = 5 % of
-                the run, at most 10 million.
+            decay_share: share of the run over which it falls to zero.
+            revival: of dead latents, by some of auxk, pre_act, resample, minfire; null = best for the kind.
+            auxk_coefficient: weight of the loss that lets dead latents explain the residual.
+            pre_act_coefficient: weight of the loss that lifts dead latents until they fire.
+            resample_every: steps between two resamplings; null = a two-hundredth of the run, at most 2,500.
+            dead_after_tokens: tokens without firing until a latent is dead; null = see `Recipe`.
+            l0_start: L0 at the first step over that at the end; null = best for the kind, 1 with init_from.
+            start: directions begin at random on the sphere, or (subspace) as random as the data itself.
+            whiten: the encoder sees rows of equal variance in all directions, and the loss measures so.
+            init_from: run or dictionary folder whose weights to begin with.
+            ema_decay: score and save a running mean of the weights that keeps this share at each step.
+            target_l0: latents per row, where the dictionary leaves them out; auto = from the data.
+            dictionaries: several kinds with their arguments by name, instead of `dictionary`.
 
         Raises:
             InputError: for a value out of range.
         """
         super().__init__()
-        for name, value, rule, good in (
-            ("lr", lr, "positive", lr is None or lr > 0),
-            ("warmup_steps", warmup_steps, "at least 0", warmup_steps >= 0),
-            ("decay_share", decay_share, "in [0, 1]", 0 <= decay_share <= 1),
-            ("auxk_coefficient", auxk_coefficient, "at least 0", auxk_coefficient >= 0),
-            (
-                "dead_after_tokens",
-                dead_after_tokens,
-                "positive",
-                dead_after_tokens is None or dead_after_tokens > 0,
-            ),
-        ):
-            if not good:
-                raise InputError(f"`{name}` must be {rule}, got {name}={value}.")
-        self.make_dictionary = dictionary
-        self._lr = lr
-        self._warmup_steps = warmup_steps
-        self._decay_share = decay_share
-        self.auxk_coefficient = auxk_coefficient
-        self._dead_after_tokens = dead_after_tokens
-        self._scores: ReconstructionScores | None = None
-        self._densities: Tensor | None = None
-        self._held_out: ReconstructionMetrics | None = None
+        self.pace = Pace(lr, warmup_steps, decay_share, ema_decay)
+        self.pace.check()
+        ways = None if revival is None else tuple(revival)
+        l0_start = 1.0 if l0_start is None and init_from is not None else l0_start
+        losses = (auxk_coefficient, pre_act_coefficient)
+        self.recipe = Recipe(ways, *losses, resample_every, dead_after_tokens, l0_start)
+        self.recipe.check()
+        self.beginning = Beginning(start, whiten, init_from)
+        self.beginning.check()
+        self.target_l0 = TargetL0(target_l0)
+        self.makes = self.target_l0.filled_all(named(dictionary, dictionaries))
+        self.learners = nn.ModuleDict()
+        self.held_out = HeldOut()
+        self._with_averages = ExitStack()
+        self._group, self.planned_steps = ALONE, 0
         self.asked_to_stop = self.asked_to_requeue = False
-        """Whether this rank was asked, by a signal; it tells the others with the next step."""
         self.stopping = self.requeueing = False
-        """Whether any rank was asked: the same on all of them, at the same step."""
+
+    @property
+    def each(self) -> dict[str, Learner]:
+        """The learners by name; empty before the width of the data is known."""
+        return cast("dict[str, Learner]", dict(self.learners.items()))
+
+    @property
+    def dictionaries(self) -> dict[str, SparseAutoencoder]:
+        """What is trained, by name."""
+        return {name: learner.dictionary for name, learner in self.each.items()}
+
+    @property
+    def learner(self) -> Learner:
+        """The only one; `each` has several."""
+        if list(self.makes) != [SINGLE]:
+            raise InputError(f"this run trains {', '.join(self.makes)}; ask for one of them by name.")
+        return self.each[SINGLE]
+
+    @property
+    def dictionary(self) -> SparseAutoencoder:
+        """The only one that is trained; `dictionaries` has several."""
+        return self.learner.dictionary
+
+    @property
+    def dead_latents(self) -> DeadLatents:
+        """Counters of the latents of the only one."""
+        return self.learner.dead_latents
 
     @property
     def rows(self) -> RowSource:
@@ -104,41 +140,27 @@ class SparseAutoencoderModule(lightning.LightningModule):
 
     @property
     def scores(self) -> ReconstructionScores | None:
-        """Held-out scores of the last validation or test; None before the first."""
-        return self._scores
+        """Held-out scores of the only one in the last validation or test; None before the first."""
+        return self.held_out.scores.get(SINGLE)
 
-    @property
-    def densities(self) -> Float64[Tensor, " n_latents"] | None:
-        """Share of held-out rows on which each latent fired in the last validation or test; None before."""
-        return self._densities
-
-    @property
-    def lr(self) -> float:
-        """Adam's rate at its peak: as given, or the recipe's rule."""
-        return self._lr or learning_rate_for_width(self.dictionary.n_latents)
+    def lr_of(self, name: str) -> float:
+        """Adam's rate at its peak."""
+        return self.pace.lr_of(self.each[name].dictionary, self.planned_steps)
 
     def check_dictionary(self) -> None:
         """Raises `InputError` for a dictionary that cannot be built, without data and without memory."""
         with torch.device("meta"):
-            self.make_dictionary(1)
+            self.build(1)
 
-    @staticmethod
-    def check_trainer(trainer: lightning.Trainer) -> None:
-        """Raises `InputError` for settings of the Trainer that this training cannot be run with."""
-        if trainer.precision not in _PRECISIONS:
-            raise InputError(
-                f"`trainer.precision` {trainer.precision} is not supported (weights stay in full precision);"
-                f" use {', '.join(_PRECISIONS)}."
-            )
-        if trainer.log_every_n_steps < 1:
-            raise InputError(
-                f"`trainer.log_every_n_steps` must be at least 1, got {trainer.log_every_n_steps};"
-                " `trainer.logger=false` logs nothing."
-            )
-        if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
-            raise InputError(
-                "`trainer.max_steps` or `trainer.max_epochs` must be given: the schedule needs an end."
-            )
+    def build(self, d_model: int) -> dict[str, SparseAutoencoder]:
+        """Fresh dictionaries by name."""
+        built = {}
+        for name, make in self.makes.items():
+            with torch.random.fork_rng(devices=[]):
+                # Each from the run's seed, whatever a harvest or another one has drawn from the generator.
+                torch.manual_seed(torch.initial_seed())
+                built[name] = make(d_model)
+        return built
 
     @property
     def tokens_per_step(self) -> int:
@@ -146,27 +168,20 @@ class SparseAutoencoderModule(lightning.LightningModule):
         return self.rows.batch_size * self.trainer.accumulate_grad_batches
 
     def configure_model(self) -> None:
-        """Builds the dictionary for the data's width, centred and scaled by the data's statistics."""
-        if hasattr(self, "dictionary"):
+        """Builds the dictionaries for the data's width, centred and scaled by the data's statistics."""
+        if self.learners:
             return
-        self.check_trainer(self.trainer)
-        with torch.random.fork_rng(devices=[]):
-            # Start from the run's seed, whatever a harvest before this has drawn from the generator.
-            torch.manual_seed(torch.initial_seed())
-            self.dictionary = self.make_dictionary(self.rows.d_model)
-        moments = self.rows.moments
-        self.dictionary.set_input_statistics(moments.mean, moments.mean_squared_norm)
-        n_latents = self.dictionary.n_latents
-        self.dead_latents = DeadLatents(n_latents, self._dead_after_tokens or 1)
-        self.riders = GradientRiders(fired=n_latents, energy=1, batches=1, asked=2, broken=2)
-        self.register_buffer("energy", torch.ones(()))  # mean square of the residual at the last step
+        check_trainer(self.trainer)
+        for name, dictionary in self.build(self.rows.d_model).items():
+            self.beginning.begin(dictionary, self.rows, self.recipe)
+            self.learners[name] = Learner(dictionary, self.recipe, self.pace.ema_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Says of what kind the dictionary is."""
+        """Says of what kinds the dictionaries are."""
         checkpoint["dictionary"] = self._describe()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises `InputError` for the checkpoint of another dictionary."""
+        """Raises `InputError` for the checkpoint of other dictionaries."""
         found, mine = checkpoint.get("dictionary"), self._describe()
         if found != mine:
             raise InputError(
@@ -174,51 +189,43 @@ class SparseAutoencoderModule(lightning.LightningModule):
             )
 
     def _describe(self) -> str:
-        return f"{type(self.dictionary).__name__}({self.dictionary.extra_repr()})"
+        found = [f"{name}={type(d).__name__}({d.extra_repr()})" for name, d in self.dictionaries.items()]
+        return ", ".join(found).removeprefix(f"{SINGLE}=")
 
     def on_fit_start(self) -> None:
-        """Settles after how many tokens a latent counts as dead."""
-        planned = int(self.trainer.estimated_stepping_batches) * self.tokens_per_step
-        after = self._dead_after_tokens or max(1, min(10_000_000, planned // 20))
-        self.dead_latents.dead_after_tokens = after
-        self._flags, self._not_asked = torch.zeros(4, device=self.device), torch.zeros(2, device=self.device)
+        """Settles what depends on the length of the run."""
+        for learner in self.each.values():
+            learner.plan(int(self.trainer.estimated_stepping_batches), self.tokens_per_step)
+        self._flags = torch.zeros(len(self.learners), 5, device=self.device)
         self._host = HostReading(late=self.device.type == "cuda")
+        self._group = Group.of_training(self.device)
 
     def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
         """The loss of one batch, of this rank's share of it; on logging steps also its parts."""
-        u = self.dictionary.normalise(batch.x)
-        code = self.dictionary.training_code(u)
-        residual = u - self.dictionary.decode_normalised(code.latents)
-        reconstruction = loss = reconstruction_loss(residual)
-        dead = self.dead_latents.ids
-        auxk = None
-        if self.auxk_coefficient > 0 and len(dead) > 0:
-            auxk = auxk_loss(self.dictionary, u, residual, code, dead, self.energy)
-            loss = loss + self.auxk_coefficient * auxk
-        fired = count_firings(code.latents, self.dictionary.n_latents)
-        if self._logs_now:
-            self._log_batch(u, reconstruction, fired.sum() / len(u), auxk)
-        broken = torch.stack([~loss.isfinite(), ~u.sum().isfinite()])
-        asked = self._not_asked
+        asked = None
         if self.asked_to_stop:  # the copy to the device is made only then
-            asked = torch.tensor([1.0, float(self.asked_to_requeue)], device=u.device)
-        one = torch.ones_like(reconstruction)
-        return loss + self.riders.board(
-            fired=fired, energy=reconstruction, batches=one, asked=asked, broken=broken
-        )
+            asked = torch.tensor([1.0, float(self.asked_to_requeue)], device=batch.x.device)
+        totals = []
+        for name, learner in self.each.items():
+            u = learner.dictionary.normalise(batch.x)
+            losses = learner.loss(u, self.global_step, asked, self._group)
+            if self._logs_now:
+                self._log_batch(name, u, losses.residual.detach(), losses.parts)
+            totals.append(losses.total)
+        return sum(totals[1:], totals[0])
 
-    def _log_batch(self, u: Tensor, reconstruction: Tensor, l0: Tensor, auxk: Tensor | None) -> None:
+    def _log_batch(self, of: str, u: Tensor, residual: Tensor, parts: dict[str, Tensor]) -> None:
         """Logs what one rank would have found on the whole batch."""
-        parts = [reconstruction, u.square().mean(), l0, *([] if auxk is None else [auxk])]
-        means = torch.cat([torch.stack(parts).detach().float(), u.mean(0).float()])
+        sums = [residual.square().mean(), u.square().mean(), *parts.values()]
+        means = torch.cat([torch.stack([value.float() for value in sums]), u.mean(0).float()])
         means = self.trainer.strategy.reduce(means, reduce_op="mean")
-        error, square, l0 = means[:3]
-        about_mean = square - means[len(parts) :].square().mean()  # of these rows, as everywhere
-        self.log("train/fvu", error / about_mean, prog_bar=True)
-        self.log("train/l0", l0)
-        if auxk is not None:
-            self.log("train/auxk", means[3])
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        error, square = means[:2]
+        about_mean = square - means[len(sums) :].square().mean()  # of these rows, as everywhere
+        self.log(curve("train", of, "fvu"), error / about_mean, prog_bar=True)
+        for name, value in zip(parts, means[2:], strict=False):
+            self.log(curve("train", of, name), value)
+        group = self.trainer.optimizers[0].param_groups[list(self.learners).index(of)]
+        self.log(curve("train", of, "lr"), group["lr"])
 
     @property
     def _logs_now(self) -> bool:
@@ -226,17 +233,13 @@ class SparseAutoencoderModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes what came with the gradients, and from W_dec's what restoring unit norm would undo."""
-        arrived = self.riders.arrive()
-        share = arrived["batches"].squeeze()  # below 1 where a pass ends within an accumulated step
-        tokens = (share * self.tokens_per_step).round().long()
-        self.dead_latents.update(arrived["fired"] > 0, tokens, self.global_step)
-        self.energy.copy_(arrived["energy"].squeeze() / share)
-        if self._logs_now:
-            self.log("train/dead_fraction", self.dead_latents.fraction(), prog_bar=True)
         # Once broken, always: until the host has seen it, no step may touch the weights.
-        flags = torch.cat([arrived["asked"].nan_to_num(0.0), arrived["broken"].nan_to_num(1.0)])
-        self._flags = flags + self._flags
-        self.dictionary.remove_parallel_gradient()
+        arrived = [learner.arrive(self.global_step) for learner in self.each.values()]
+        self._flags = torch.stack(arrived) + self._flags
+        if self._logs_now:
+            for name, learner in self.each.items():
+                dead = learner.dead_latents.fraction()
+                self.log(curve("train", name, "dead_fraction"), dead, prog_bar=True)
 
     def configure_gradient_clipping(
         self,
@@ -244,21 +247,16 @@ class SparseAutoencoderModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the Trainer's settings; Lightning's own way refuses fused optimisers in bf16.
+        """Clips each dictionary's; Lightning's own way refuses fused optimisers in bf16.
 
         Whatever is clipped, a gradient that is not finite keeps the optimiser from this step.
         """
-        parameters = list(self.dictionary.parameters())
-        if gradient_clip_val and gradient_clip_algorithm != "value":
-            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-        else:
-            norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
-            if gradient_clip_val:
-                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        self._flags[2] += ~norm.isfinite()
-        optimizer.found_inf = (self._flags[2] > 0).float()  # pyright: ignore[reportAttributeAccessIssue]
-        if self._logs_now:
-            self.log("train/grad_norm", norm)
+        for flags, (name, dictionary) in zip(self._flags, self.dictionaries.items(), strict=True):
+            norm = clip_gradients(list(dictionary.parameters()), gradient_clip_val, gradient_clip_algorithm)
+            flags[2] += ~norm.isfinite()
+            if self._logs_now:
+                self.log(curve("train", name, "grad_norm"), norm)
+        optimizer.found_inf = (self._flags[:, 2] > 0).any().float()  # pyright: ignore[reportAttributeAccessIssue]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimiser's step, unless something is not finite; then unit norm.
@@ -266,65 +264,68 @@ class SparseAutoencoderModule(lightning.LightningModule):
         Raises:
             DivergedError: where it is not; on a GPU one step later, the weights untouched since.
         """
+        step = self.global_step  # the optimiser's step counts itself
         super().optimizer_step(*args, **kwargs)
-        self.dictionary.restore_unit_norm()
+        optimizer = self.trainer.optimizers[0]
+        for learner in self.each.values():
+            learner.settle(step, optimizer, self._group)
         now = Moment(self.global_step, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1)
-        self._heed(self._host.of(now, self._flags))
+        self._heed(self._host.of(now, self._flags.flatten()))
+
+    def averaged(self) -> AbstractContextManager[Any]:
+        """Within it the dictionaries have the weights that are scored and saved."""
+        stack = ExitStack()
+        for learner in self.each.values():
+            stack.enter_context(learner.averaged())
+        return stack
 
     def catch_up(self) -> None:
         """Looks at the last step too, where that has not been done yet; raises as `optimizer_step`."""
         self._heed(self._host.last())
 
-    on_train_end = catch_up
+    def on_train_end(self) -> None:
+        """Looks at the last step."""
+        self.catch_up()
 
     def _heed(self, read: tuple[Moment, list[float]] | None) -> None:
         """Acts on the flags of a step."""
         if read is None:
             return
-        moment, (stop, requeue, broken, broken_rows) = read
-        self.stopping, self.requeueing = stop > 0, requeue > 0
-        if broken > 0:
-            why = (
-                "that batch has rows that are not finite: look for damage in the cache with"
-                " `scripts/cache_activations.py --verify`"
-                if broken_rows > 0
-                else f"its rows are finite, so training diverged: lower `model.lr`, it was {self.lr:.3g}"
-            )
-            raise DivergedError(
-                f"the loss or its gradient is not finite at step {moment.step + 1:,} (batch {moment.batch:,}"
-                f" in the order of seed {torch.initial_seed()}, counted from 0); {why}."
-            )
+        moment, numbers = read
+        of_each = [numbers[i : i + 5] for i in range(0, len(numbers), 5)]
+        # The ranks' wishes ride with every dictionary; those of the first will do.
+        self.stopping, self.requeueing = of_each[0][0] > 0, of_each[0][1] > 0
+        for name, (_, _, broken, rows, thresholds) in zip(self.learners, of_each, strict=True):
+            if broken > 0:
+                raise step_not_finite(name, moment, rows > 0, thresholds > 0, self.lr_of(name))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Fused Adam and the schedule."""
-        optimizer = torch.optim.Adam(self.dictionary.parameters(), lr=self.lr, betas=(0.9, 0.999), fused=True)
-        max_steps = int(self.trainer.estimated_stepping_batches)
-
-        def factor(step: int) -> float:
-            return warmup_then_decay(
-                step, warmup_steps=self._warmup_steps, max_steps=max_steps, decay_share=self._decay_share
-            )
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        """Fused Adam, with a rate for each dictionary, and the schedule."""
+        self.planned_steps = steps = int(self.trainer.estimated_stepping_batches)
+        optimizer = self.pace.adam(self.dictionaries.values(), steps)
+        scheduler = self.pace.schedule(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_validation_epoch_start(self) -> None:
         """Empties the held-out sums."""
-        self._held_out = ReconstructionMetrics(self.dictionary.n_latents, self.rows.moments.mean)
+        self.held_out.begin(self.dictionaries, self.rows.moments.mean)
+        self._with_averages.enter_context(self.averaged())
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        """The same; averaged weights stay from here on."""
+        self.held_out.begin(self.dictionaries, self.rows.moments.mean)
+        for learner in self.each.values():
+            learner.keep_averages()
 
     def validation_step(self, batch: Rows, batch_idx: int) -> None:
         """Adds a held-out batch."""
-        assert self._held_out is not None
-        x = batch.x.to(self.dictionary.W_dec.dtype)
-        x_hat, latents = self.dictionary(x)
-        self._held_out.add(x, x_hat, latents, None if batch.position is None else batch.position == 0)
+        self.held_out.add(self.dictionaries, batch)
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Logs the held-out scores under `val/`."""
+        self._with_averages.close()
         self._finish_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -332,17 +333,12 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self._finish_scores("test")
 
     def _finish_scores(self, stage: str) -> None:
-        assert self._held_out is not None
-        self._held_out.merge(Group.of_training(self.device))
-        self._scores, self._densities = self._held_out.compute(), self._held_out.densities
-        if self._scores.fvu is not None and not math.isfinite(self._scores.fvu):
-            error = RunError(
-                f"the held-out FVU is {self._scores.fvu} at step {self.global_step:,}: training diverged;"
-                f" lower `model.lr`, it was {self.lr:.3g}."
-            )
-            error.on_all_ranks = True
-            raise error
-        known = {name: value for name, value in self._scores._asdict().items() if value is not None}
-        # The ranks agree already; Lightning wants it said.
-        self.log_dict({f"{stage}/{name}": value for name, value in known.items()}, sync_dist=True)
+        self.held_out.end(Group.of_training(self.device))
+        if (name := self.held_out.diverged) is not None:
+            fvu = self.held_out.scores[name].fvu
+            raise scores_not_finite(name, fvu, self.global_step, self.lr_of(name))
+        for name, scores in self.held_out.scores.items():
+            known = {quantity: value for quantity, value in scores._asdict().items() if value is not None}
+            # The ranks agree already; Lightning wants it said.
+            self.log_dict({curve(stage, name, key): value for key, value in known.items()}, sync_dist=True)
         self.log("step", float(self.global_step), sync_dist=True)  # else Lightning draws them one step early

@@ -32,3 +32,7 @@ class RowSource(Protocol):
     def moments(self) -> Moments:
         """Mean and second moments of the training rows."""
         ...
+
+    def first_rows(self, n: int) -> Tensor:
+        """Up to n rows in raw units, (rows, d_model): always the same ones, on every rank."""
+        ...

@@ -3,25 +3,52 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from sae.dictionaries import Dictionary, SparseAutoencoder
+from sae.dictionaries.penalised import Penalised
 
 OF_THE_CLOCK = (
     "wall_s", "tokens_per_s", "fit_s", "event_files", "data_wait", "memory_bytes", "figures", ".python",
 )  # fmt: skip
 """Names of what may differ between two runs that are the same; from Python's generator beartype draws too."""
 KINDS = {
-    name: {"n_latents": 96, "k": 2}
+    name: {"n_latents": 96, **({"target_l0": 2.0} if issubclass(kind, Penalised) else {"k": 2})}
     for name, kind in Dictionary.kinds.items()
     if issubclass(kind, SparseAutoencoder) and kind.__module__.startswith("sae.")
 }
 """Every kind of autoencoder, with arguments of a small one; a new kind adds its own."""
+QUICK = ("BatchTopK",)
+EVERY_KIND = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+"""The kinds as parameters of a law: where time is short, one that chooses over all ranks."""
 
 
-def write_run(folder, cache, kind="TopK", baselines=True, **trainer):
+VARIANTS = {
+    "resample": ("TopK", {"revival": ["resample"], "resample_every": 5}),
+    "resample-thresholds": ("JumpReLU", {"revival": ["resample", "auxk"], "resample_every": 5}),
+    "minfire": ("BatchTopK", {"revival": ["minfire", "auxk"]}),
+    "its own": ("MatryoshkaBatchTopK", {"revival": None}),
+    "minfire-penalised": ("ReLU", {"revival": ["minfire"]}),
+    "pre_act": ("Gated", {"revival": ["pre_act"]}),
+    "averages": ("BatchTopK", {"ema_decay": 0.9}),
+    "whitened": ("JumpReLU", {"whiten": True, "start": "subspace"}),
+    "quadratic": (
+        "JumpReLU",
+        {
+            "dictionary": {
+                "class_path": "JumpReLU",
+                "init_args": {"n_latents": 96, "target_l0": 2.0, "penalty": "quadratic"},
+            }
+        },
+    ),
+}
+"""Ways to train that the kinds' own do not have: a kind, and settings of `model`."""
+
+
+def write_run(folder, cache, kind="TopK", baselines=True, model=None, **trainer):
     """A configuration of a short run in `folder` / run, in which latents die and are revived."""
     nmf = {"n_components": 8, "curve": [4], "max_rows": 1500}
     listed = [
@@ -36,7 +63,10 @@ def write_run(folder, cache, kind="TopK", baselines=True, **trainer):
             "dictionary": {"class_path": kind, "init_args": KINDS[kind]},
             "lr": 1e-3,
             "warmup_steps": 3,
-            "dead_after_tokens": 400,
+            # Those that begin at equal rates never miss many steps in a row.
+            **({"revival": ["auxk"]} if "TopK" in kind else {}),
+            "dead_after_tokens": 100 if "target_l0" in KINDS[kind] else 400,
+            **(model or {}),
         },
         "trainer": {
             "max_steps": 50,
@@ -62,6 +92,11 @@ def left_by(run):
     everything = {"checkpoint": checkpoint, "metrics": metrics, "curves": _curves(Path(run))}
     flat = dict(_flat(everything, ""))
     return {name: value for name, value in flat.items() if not any(word in name for word in OF_THE_CLOCK)}
+
+
+def some_die(left):
+    """Whether latents died in a run, so that they had to be brought back."""
+    return any(".curves.train/dead_fraction." in n and n.endswith(".1") and v > 0 for n, v in left.items())
 
 
 def differing(a, b, tolerance=0.0):

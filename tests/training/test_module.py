@@ -190,7 +190,7 @@ def test_diverged_training_names_step_and_batch_and_keeps_the_weights_before(wor
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"lr": 0.0}, "`lr` must be positive, got lr=0.0"),
+        ({"lr": 0.0}, "`lr` must be positive and finite, got lr=0.0"),
         ({"warmup_steps": -1}, "`warmup_steps` must be at least 0"),
         ({"decay_share": 1.5}, r"`decay_share` must be in \[0, 1\]"),
         ({"auxk_coefficient": -1.0}, "`auxk_coefficient` must be at least 0"),

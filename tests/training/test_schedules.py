@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae.training.schedules import learning_rate_for_width, warmup_then_decay
+from sae.training.schedules import learning_rate_for, warmup_then_decay
 
 
 def test_schedule_by_hand():
@@ -16,5 +16,10 @@ def test_no_warmup_and_no_decay_is_constant():
 
 
 def test_rate_falls_with_the_root_of_the_width():
-    assert learning_rate_for_width(2**14) == pytest.approx(2e-4)
-    assert learning_rate_for_width(2**12) == pytest.approx(4e-4)
+    assert learning_rate_for(2**14, 100_000) == pytest.approx(2e-4)
+    assert learning_rate_for(2**12, 1_000_000) == pytest.approx(4e-4)
+
+
+def test_rate_is_higher_the_shorter_the_run_up_to_five_times():
+    long, eighth, shortest, none = (learning_rate_for(2**14, n) for n in (100_000, 12_500, 100, 0))
+    assert eighth == pytest.approx(2 * long) and shortest == none == pytest.approx(5 * long)

@@ -30,7 +30,17 @@ from sae.inspection import latent_table
 from sae.planning import plan_run
 from sae.reporting import is_reported, report_run
 from sae.run_lock import RunLock
-from sae.runs import checkpoint_to_resume, discard_run, is_finished, open_run, summary
+from sae.runs import (
+    checkpoint_to_resume,
+    dictionary_names,
+    discard_run,
+    is_finished,
+    open_run,
+    read_config,
+    report_folder,
+)
+from sae.summary import summary
+from sae.training.names import SINGLE
 
 
 def main(args: list[str] | None = None) -> None:
@@ -40,6 +50,8 @@ def main(args: list[str] | None = None) -> None:
         gpus = cli.config.plan.gpus or cli.trainer.world_size
         plan = plan_run(cli.model, cli.datamodule, cli.trainer, gpus, cli.config.plan.memory)
         print(plan)
+        if cli.model.target_l0.is_open:
+            print(cli.model.target_l0.note)
         plan.check()
         return
     with owned(cli.run_folder):
@@ -86,23 +98,32 @@ def train(cli: SaeCLI, checkpoint: Path | None) -> None:
 
 @rank_zero_only
 def report(folder: Path) -> None:
-    """Prints the comparison and the clearest latents, and writes the report where it is due."""
+    """Prints the comparison and the clearest latents, and writes the reports where they are due."""
     print(f"\n{summary(folder)}\n")
+    names = dictionary_names(read_config(folder))
+    for name in names:
+        report_one(folder, None if name == SINGLE else name)
+    made = "dictionary/" if names == [SINGLE] else f"dictionaries/{{{','.join(names)}}}/"
+    print(f"{folder} holds metrics.json, {made}, and curves for `tensorboard --logdir {folder}`.")
+
+
+def report_one(folder: Path, name: str | None) -> None:
+    """Prints the clearest latents of a dictionary, and writes its report where it is due."""
     try:
-        run = open_run(folder)
+        run = open_run(folder, dictionary=name)
         reading = None
         try:
             reading = run.reading()
         except InputError as error:  # a cache may be trained on where its language model is not
             print(f"Latents were not read: {error}")
         else:
-            print(f"The clearest latents at {run.hookpoint} of {run.model}, one for each token:")
+            of = f" of {name}" if name else ""
+            print(f"The clearest latents{of} at {run.hookpoint} of {run.model}, one for each token:")
             print(latent_table(reading.clearest(20), reading.text))
-        page = folder / "report" / "index.html"
+        page = report_folder(run) / "index.html"
         print(f"\nopen {page if is_reported(run) else report_run(run, reading)}")
     except InputError as error:
         print(f"The report was not written: {error}")
-    print(f"{folder} holds metrics.json, dictionary/, and curves for `tensorboard --logdir {folder}`.")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sae.activations import ActivationDataModule
 from sae.activations.ranks import was_restarted
 from sae.callbacks import (  # the baselines for their short names
+    AgainstTheTruth,
     Agreement,
     Checkpoints,
     NMFBaseline,
@@ -39,11 +40,21 @@ from sae.checkpoints import WholeCheckpoints
 from sae.errors import InputError
 from sae.files import write_atomically
 from sae.launch import check_launch
+from sae.studies.l0_run import ChooseL0
 from sae.training import SparseAutoencoderModule
+from sae.training.names import check_given
+from sae.training.trainer_settings import check_trainer, hush_lightning
 from sae.trust import TRUST_FLAG, TrustFlag, check_class_paths, only_trusted_classes, refusal, wants_trust
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LONGEST_ERROR = 400  # characters
+_RARE = {
+    *(f"model.{name}" for name in ("warmup_steps", "decay_share", "revival", "auxk_coefficient", "start")),
+    *(f"model.{name}" for name in ("pre_act_coefficient", "resample_every", "dead_after_tokens", "l0_start")),
+    *(f"model.{name}" for name in ("whiten", "ema_decay")),
+    *(f"data.{name}" for name in ("shuffle_rows", "workers", "local_disk")),
+}
+"""Options that the short help leaves out."""
 __all__ = ["NMFBaseline", "PCABaseline", "SaeCLI", "find_config"]
 
 
@@ -54,7 +65,7 @@ class SaeCLI(LightningCLI):
     model: SparseAutoencoderModule
 
     def __init__(self, args: ArgsType = None) -> None:
-        _hush_lightning()
+        hush_lightning()
         super().__init__(
             SparseAutoencoderModule,
             ActivationDataModule,
@@ -85,7 +96,8 @@ class SaeCLI(LightningCLI):
             description="Trains a sparse dictionary on cached activations, beside PCA and NMF.",
             epilog="Most used, beside --config: --data.source.{model,dataset,hookpoints,n_tokens},"
             " --model.dictionary.init_args.{n_latents,k}, --trainer.{max_steps,default_root_dir}. Lists"
-            " are written '[resid.2,resid.3]'. --data.source.help and --model.dictionary.help TopK show"
+            " are written '[resid.2,resid.3]'. Several dictionaries on one read of the data:"
+            " --model.dictionaries, by name. --data.source.help and --model.dictionary.help TopK show"
             " the rest.",
             **kwargs,
         )
@@ -129,6 +141,7 @@ class SaeCLI(LightningCLI):
         with only_trusted_classes(self._trusted):
             self.config = parser.parse_args([switches.get(argument, argument) for argument in argv])
         check_class_paths(self.config, self._trusted)
+        check_given(self.config.model.dictionary, self.config.model.dictionaries)
         if was_restarted():
             self.config.fresh = False  # meant when the command was given, not after each preemption
 
@@ -155,8 +168,10 @@ class SaeCLI(LightningCLI):
         self.agreement = Agreement(self.config_values)
         self.run_files = RunFolder(root, self.save_config, self.config.seed_everything)
         extra: list[lightning.Callback] = [
+            ChooseL0(root),
             Throughput(),
             SplicedLoss(),
+            AgainstTheTruth(),
             self.run_files,
             TensorBoardPanels(),
             ProgressFile(root),
@@ -175,7 +190,7 @@ class SaeCLI(LightningCLI):
         self.config_init.trainer.plugins = None
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpoints()]
         trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
-        self.model.check_trainer(trainer)
+        check_trainer(trainer)
         if isinstance(trainer.strategy, DDPStrategy):
             trainer.strategy._ddp_kwargs = _ddp_defaults() | trainer.strategy._ddp_kwargs
         return trainer
@@ -226,7 +241,7 @@ class _Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.usage = "train.py --config NAME [--group.key VALUE ...]"
-        self.add_argument("--help_all", action=_HelpAll, help="Show the Trainer's options too.")
+        self.add_argument("--help_all", action=_HelpAll, help="Show all options, the Trainer's too.")
         self._show_trainer = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -239,19 +254,23 @@ class _Parser(LightningArgumentParser):
             options = [option[2:] for option in self._option_string_actions if option.startswith("--")]
             close = difflib.get_close_matches(unknown[1], options, n=1)
             message += f"; did you mean --{close[0]}?" if close else "; see --help and --help_all."
-        if "are required: model" in message:
-            message += "; give a configuration, e.g. --config quickstart.yaml"
         raise InputError(message)
 
     def format_help(self) -> str:
-        """Without the Trainer's hundred options unless asked."""
-        hidden = [] if self._show_trainer else [g for g in self._action_groups if _is_trainer(g)]
-        shown = list(self._action_groups)
-        self._action_groups = [group for group in shown if group not in hidden]
+        """Without the Trainer's hundred options and those of the recipe, unless asked."""
+        if self._show_trainer:
+            return super().format_help()
+        shown, rare = list(self._action_groups), [a for a in self._actions if a.dest in _RARE]
+        helps = [action.help for action in rare]
+        self._action_groups = [group for group in shown if not _is_trainer(group)]
+        for action in rare:
+            action.help = argparse.SUPPRESS
         try:
             return super().format_help()
         finally:
             self._action_groups = shown
+            for action, text in zip(rare, helps, strict=True):
+                action.help = text
 
     def show_all_help(self) -> NoReturn:
         """Prints the long help."""
@@ -290,14 +309,6 @@ def _shorten(message: str) -> str:
         message = f"{key[1]}: {telling[1]}"
     text = " ".join(message.split())
     return text if len(text) <= LONGEST_ERROR else text[: LONGEST_ERROR - 1] + "…"
-
-
-def _hush_lightning() -> None:
-    """Turns off advertisements, device lists and a deprecation inside Lightning; its warnings stay."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    warnings.filterwarnings("ignore", message="The `srun` command is available")  # a login node has it too
 
 
 def _drop_logger() -> logging.Logger:

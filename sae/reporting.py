@@ -24,13 +24,14 @@ from sae.inspection.figures import (
 from sae.inspection.projector import write_projector
 from sae.inspection.report import ReportFacts, check_report_folder, report_source, write_report
 from sae.ops.geometry import nearest_neighbour_cosines
-from sae.runs import Run, read_config, read_metrics
+from sae.runs import Run, read_config, read_metrics, report_folder
 
 ABLATED = 16
 """Latents of which the measured effect is shown: so many of the clearest, and so many by chance."""
 
 COMPARED = (
     "n_latents", "l0", "fvu", "ce_increase", "ce_increase_se", "ce_spliced", "kl", "cosine", "dead_fraction",
+    "truth_f1", "truth_mcc",
 )  # fmt: skip
 """Keys of metrics.json that the report's comparison shows."""
 
@@ -47,12 +48,13 @@ def report_run(
         run: finished or not.
         reading: of the same run, where there is one already.
         model: where its language model is, as for `Run.reading`.
-        folder: of the report; None = `report` in the run's folder.
+        folder: of the report; None = `report` in the run's folder, or `report/<name>` where the run has
+            several dictionaries.
 
     Raises:
         InputError: if `folder` holds something else than a report of ours.
     """
-    folder = folder or run.folder / "report"
+    folder = folder or report_folder(run)
     check_report_folder(folder)
     unread = ""
     if reading is None:
@@ -67,7 +69,7 @@ def report_run(
         return write_report(folder, facts, (), 0, str)
     reading.measure_ablations(_sample(reading))
     page = write_report(folder, facts, reading.latents(), reading.n_latents, reading.text)
-    if (run.folder / "tensorboard").is_dir():
+    if (run.folder / "tensorboard").is_dir() and run.name is None:  # the projector shows one
         try:
             _write_projector(run, reading)
         except OSError as error:
@@ -77,12 +79,12 @@ def report_run(
 
 def is_reported(run: Run) -> bool:
     """Whether the run's report is of what the run is now."""
-    return report_source(run.folder / "report") == _source(run)
+    return report_source(report_folder(run)) == _source(run)
 
 
 def _source(run: Run) -> str:
     """What a report is made from: weights and metrics, and whether the latents could be read."""
-    metrics = json.dumps(read_metrics(run.folder), sort_keys=True)
+    metrics = json.dumps(read_metrics(run.folder, run.name), sort_keys=True)
     return f"{weights_hash(run.dictionary)} {hashlib.sha256(metrics.encode()).hexdigest()[:16]}"
 
 
@@ -94,7 +96,7 @@ def _sample(reading: Reading) -> list[int]:
 
 
 def _facts(run: Run, reading: Reading | None, unread: str) -> ReportFacts:
-    metrics, config = read_metrics(run.folder), read_config(run.folder)
+    metrics, config = read_metrics(run.folder, run.name), read_config(run.folder)
     manifest = run.cache.manifest
     held_out = f"{run.cache.n_rows('held_out'):,} held out, as {manifest['dtype']}"
     facts = [
@@ -110,11 +112,15 @@ def _facts(run: Run, reading: Reading | None, unread: str) -> ReportFacts:
     ]
     if reading is not None:
         facts.append(("evidence from", f"{reading.evidence.rows:,} train rows"))
-    rows = {"SAE": metrics, **{name.upper(): row for name, row in metrics.get("baselines", {}).items()}}
+    rows = {
+        run.name or "SAE": metrics,
+        **{name.upper(): row for name, row in metrics.get("baselines", {}).items()},
+    }
     compared = [{"method": name, **{k: row.get(k) for k in COMPARED}} for name, row in rows.items() if row]
     of = Path(run.model).name if run.model else run.folder.name
+    title = f"{run.name}: " if run.name else ""
     return ReportFacts(
-        title=f"{run.dictionary.n_latents:,} directions at {run.hookpoint} of {of}",
+        title=f"{title}{run.dictionary.n_latents:,} directions at {run.hookpoint} of {of}",
         notes=[note for note in (run.unfinished, unread) if note],
         facts=facts,
         comparison=compared,
@@ -132,7 +138,7 @@ def _figures(run: Run, reading: Reading | None, metrics: dict[str, Any]) -> list
             ("All methods with the same number of coefficients per row.", methods_at_equal_l0(metrics)),
             ("How much more components help PCA and NMF, all of them used.", fvu_by_components(metrics)),
         ]
-    curves = training_curves(run.folder)
+    curves = training_curves(run.folder, run.name)
     if curves is not None:
         figures.append(("Training.", curves))
     if reading is not None:

@@ -19,20 +19,25 @@ from sae.activations.contexts import cached_positions, token_ids_of
 from sae.activations.datamodule import cache_folder
 from sae.activations.language_model import language_model_of, weights_hash
 from sae.activations.source import Source
+from sae.activations.synthetic import WorldSource
 from sae.checkpoints import newest_whole, read_checkpoint
 from sae.dictionaries import Dictionary, load_dictionary
 from sae.errors import InputError
 from sae.inspection import Evidence, Reading, gather_evidence
 from sae.inspection.evidence import MOST_TOKENS
 from sae.inspection.report import check_report_folder
+from sae.studies.l0_run import l0_of_run
+from sae.training.names import SINGLE, metrics_of_each
 
 OUTPUTS = (
     "config.yaml",
     "metrics.json",
     "progress.json",
+    "l0_search.json",
     "evidence.safetensors",
     "checkpoints",
     "dictionary",
+    "dictionaries",
     "before_divergence",
     "tensorboard",
     "report",
@@ -50,13 +55,45 @@ def discard_run(folder: Path) -> None:
     """
     if not (folder / "config.yaml").is_file():
         return
-    check_report_folder(folder / "report")
+    _check_reports(folder)
     for name in OUTPUTS:
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _check_reports(folder: Path) -> None:
+    """Raises `InputError` where the run's report, or one of its reports, is none of ours."""
+    names, report = dictionary_names(read_config(folder)), folder / "report"
+    if names == [SINGLE] or not report.is_dir():
+        check_report_folder(report)
+        return
+    for path in report.iterdir():
+        name = path.name.removesuffix(".tmp").removesuffix(".old")
+        check_report_folder(report / name if name in names else report)
+
+
+def report_folder(run: Run) -> Path:
+    """Where a run's report is: `report`, or `report/<name>` in a run of several dictionaries."""
+    return run.folder / "report" / (run.name or "")
+
+
+def dictionary_names(config: dict[str, Any]) -> list[str]:
+    """Names of what a run trains, by its configuration; one that is alone is called `dictionary`."""
+    several = config["model"].get("dictionaries") if isinstance(config["model"], dict) else None
+    return list(several) if isinstance(several, dict) and several else [SINGLE]
+
+
+def _trained(folder: Path, names: list[str]) -> bool:
+    """Whether the folder has all dictionaries that the run is to leave."""
+    return all((dictionary_folder(folder, name) / "config.json").is_file() for name in names)
+
+
+def dictionary_folder(folder: Path, name: str) -> Path:
+    """Where a run leaves the dictionary of that name."""
+    return folder / "dictionary" if name == SINGLE else folder / "dictionaries" / name
 
 
 def checkpoint_to_resume(folder: Path, config: dict[str, Any]) -> Path | None:
@@ -83,17 +120,23 @@ def checkpoint_to_resume(folder: Path, config: dict[str, Any]) -> Path | None:
 
 def is_finished(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the folder holds a run that was trained as long as `config` says, and scored."""
-    if not (folder / "config.yaml").is_file() or not (folder / "dictionary" / "config.json").is_file():
+    if not (folder / "config.yaml").is_file() or not _trained(folder, dictionary_names(config)):
         return False
     earlier, now = read_config(folder)["trainer"], config["trainer"]
     as_long = all(earlier.get(key) == now[key] for key in ("max_steps", "max_epochs", "max_time"))
     return as_long and bool(read_metrics(folder).get("finished"))
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json of a run; empty before its first validation."""
+def read_metrics(folder: Path, name: str | None = None) -> dict[str, Any]:
+    """metrics.json of a run; empty before its first validation.
+
+    Args:
+        folder: the run folder.
+        name: in a run of several dictionaries, give what it would be if this one had been alone.
+    """
     path = folder / "metrics.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    metrics = json.loads(path.read_text()) if path.is_file() else {}
+    return metrics_of_each(metrics).get(name, {}) if name else metrics
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -128,7 +171,7 @@ def _differing(earlier: Any, now: Any, key: str) -> list[str]:
 
 @dataclass
 class Run:
-    """A run that has been trained, or is on its way."""
+    """A run that has been trained, or is on its way, and one of its dictionaries."""
 
     folder: Path
     dictionary: Dictionary
@@ -138,6 +181,8 @@ class Run:
     cache: ActivationCache
     unfinished: str | None
     """Where an unfinished run stands, in a sentence; None for a finished one."""
+    name: str | None = None
+    """Of the dictionary, in a run of several; None where it is the only one."""
 
     def evidence(self, max_tokens: int | None = None) -> Evidence:
         """What its latents fire on: read from evidence.safetensors, or gathered and kept there.
@@ -145,7 +190,8 @@ class Run:
         Args:
             max_tokens: rows read at most; None = as many as `gather_evidence` takes by itself.
         """
-        path = self.folder / "evidence.safetensors"
+        folder = dictionary_folder(self.folder, self.name) if self.name else self.folder
+        path = folder / "evidence.safetensors"
         about = {
             "dictionary": weights_hash(self.dictionary),
             "cache": self.cache.manifest.get("fingerprint"),
@@ -156,6 +202,7 @@ class Run:
         if found is None:
             found = gather_evidence(self.dictionary, self.cache, self.hookpoint, max_tokens or MOST_TOKENS)
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 found.save(path, about)
             except OSError as error:
                 print(f"evidence was not kept, it will be gathered again: {error}", file=sys.stderr)
@@ -186,24 +233,28 @@ class Run:
         return Reading(self.dictionary, self.hookpoint, evidence, token_ids, language_model, cached)
 
 
-def open_run(folder: str | Path, device: str | None = None) -> Run:
+def open_run(folder: str | Path, device: str | None = None, dictionary: str | None = None) -> Run:
     """Opens a run: a trained one, or what an unfinished one has at its last checkpoint.
 
     Args:
         folder: the run folder.
         device: where its dictionary and its language model go; None = a GPU where there is one.
+        dictionary: name of one, in a run of several.
 
     Raises:
-        InputError: if the folder holds none, no checkpoint was reached yet, or its cache is gone.
+        InputError: if the folder holds none, `dictionary` is missing or not one of its names, no
+            checkpoint was reached yet, or its cache is gone.
     """
     folder = Path(folder)
     config = read_config(folder)
+    name = _chosen(folder, dictionary_names(config), dictionary)
     data = config["data"]
     try:
         source = Source(**data["source"]) if data.get("source") else None
     except (TypeError, AttributeError) as error:
         raise _not_ours(folder, "data.source", error) from error
-    at = cache_folder(data.get("cache"), source)
+    world = WorldSource(**data["world"]) if data.get("world") else None
+    at = cache_folder(data.get("cache"), source, world)
     if not has_manifest(place_at(at)):
         raise InputError(
             f"the cache {at} of this run is gone; make it again with `python scripts/cache_activations.py"
@@ -211,27 +262,49 @@ def open_run(folder: str | Path, device: str | None = None) -> Run:
         )
     cache = ActivationCache(at)
     hookpoint = data.get("hookpoint") or cache.hookpoints[0]
-    unfinished = None
-    trained = (folder / "dictionary" / "config.json").is_file()
-    if read_metrics(folder).get("finished") and trained:
-        dictionary = load_dictionary(folder)
-    elif trained and newest_whole(folder / "checkpoints") is None:
-        dictionary = load_dictionary(folder)
-        unfinished = "This run is unfinished: its dictionary was trained, but not yet scored."
-    else:
-        dictionary, step = _dictionary_of_checkpoint(folder, config, cache.d_model(hookpoint))
-        unfinished = f"This run is unfinished: what follows is its checkpoint at step {step:,}."
-    if dictionary.d_model != cache.d_model(hookpoint):
+    found, unfinished = _dictionary_of(folder, name, config, cache.d_model(hookpoint))
+    if found.d_model != cache.d_model(hookpoint):
         raise InputError(
-            f"the dictionary in {folder} has d_model={dictionary.d_model}, the cache {at} has"
+            f"the dictionary in {folder} has d_model={found.d_model}, the cache {at} has"
             f" {cache.d_model(hookpoint)} at {hookpoint}; they are not of one run."
         )
-    dictionary.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Run(folder, dictionary, hookpoint, cache.manifest["model"], cache, unfinished)
+    found.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    of = None if name == SINGLE else name
+    return Run(folder, found, hookpoint, cache.manifest["model"], cache, unfinished, of)
 
 
-def _dictionary_of_checkpoint(folder: Path, config: dict[str, Any], d_model: int) -> tuple[Dictionary, int]:
-    """The dictionary of an unfinished run as of its last checkpoint, and the step of that."""
+def _chosen(folder: Path, names: list[str], asked: str | None) -> str:
+    """The name that was asked for, or the only one."""
+    if names == [SINGLE] and asked is None:
+        return SINGLE
+    if names == [SINGLE]:
+        raise InputError(f"{folder} has one dictionary, without a name; leave `--dictionary {asked}` out.")
+    if asked not in names:
+        got = "none" if asked is None else repr(asked)
+        raise InputError(f"`--dictionary` must be one of {', '.join(names)} for {folder}, got {got}.")
+    return asked
+
+
+def _dictionary_of(
+    folder: Path, name: str, config: dict[str, Any], d_model: int
+) -> tuple[Dictionary, str | None]:
+    """A run's dictionary, and where the run stands if it is unfinished."""
+    trained, saved = _trained(folder, dictionary_names(config)), dictionary_folder(folder, name)
+    if read_metrics(folder).get("finished") and trained:
+        return load_dictionary(saved), None
+    if trained and newest_whole(folder / "checkpoints") is None:
+        return (
+            load_dictionary(saved),
+            "This run is unfinished: its dictionary was trained, but not yet scored.",
+        )
+    found, step = _dictionary_of_checkpoint(folder, name, config, d_model)
+    return found, f"This run is unfinished: what follows is its checkpoint at step {step:,}."
+
+
+def _dictionary_of_checkpoint(
+    folder: Path, name: str, config: dict[str, Any], d_model: int
+) -> tuple[Dictionary, int]:
+    """A dictionary of an unfinished run as of its last checkpoint, and the step of that."""
     path = newest_whole(folder / "checkpoints")
     if path is None:
         raise InputError(
@@ -240,12 +313,13 @@ def _dictionary_of_checkpoint(folder: Path, config: dict[str, Any], d_model: int
         )
     checkpoint = read_checkpoint(path)
     try:
-        described = config["model"]["dictionary"]
+        model = config["model"]
+        described = model["dictionary"] if name == SINGLE else model["dictionaries"][name]
         kind = Dictionary.kinds[described["class_path"].rpartition(".")[2]]
-        dictionary = kind(d_model, **described["init_args"])
+        dictionary = kind(d_model, **described["init_args"] | l0_of_run(folder, config["model"], kind))
     except (KeyError, TypeError, AttributeError) as error:
         raise _not_ours(folder, "model.dictionary", error) from error
-    prefix = "dictionary."
+    prefix = f"learners.{name}.dictionary."
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     dictionary.load_state_dict(state)
     return dictionary.eval().requires_grad_(False), int(checkpoint["global_step"])
@@ -255,50 +329,3 @@ def _not_ours(folder: Path, key: str, error: Exception) -> InputError:
     return InputError(
         f"{folder / 'config.yaml'}: `{key}` is not what a run of this version writes ({error})."
     )
-
-
-def summary(folder: Path) -> str:
-    """The comparison table of a run: every method at the autoencoder's own L0."""
-    metrics = read_metrics(folder)
-    if not metrics:
-        return "this run was not scored."
-    methods = {"SAE": metrics, **{name.upper(): row for name, row in metrics["baselines"].items()}}
-    lines = ["held-out rows " + "".join(f"{title:>{width}}" for title, _, width, _ in _COLUMNS)]
-    for name, row in methods.items():
-        cells = [_cell(row.get(key), width, form) for _, key, width, form in _COLUMNS]
-        lines.append(f"{name:<14}" + "".join(cells))
-    if metrics.get("ce_clean") is not None:
-        lines.append(
-            f"cross entropy of the model: {metrics['ce_clean']:.4f} nats a token as it is,"
-            f" {metrics['ce_mean_ablated']:.4f} with the mean in place of these activations"
-        )
-        error = _cell(metrics["ce_increase_se"], 0, ".4f")
-        lines.append(
-            f"(on {metrics['ce_tokens']:,} held-out tokens; standard error of the SAE's increase {error})"
-        )
-    rate = _cell(metrics["tokens_per_s"], 0, ",.0f")
-    lines.append(
-        f"{metrics['tokens_seen']:,} tokens seen in {metrics['steps']:,} steps, {rate} tokens/s,"
-        f" {metrics['wall_s']:.0f} s in all"
-    )
-    if round(metrics["l0"]) >= metrics["d_model"] and metrics["baselines"]:
-        lines.append("L0 is not below d_model: PCA is exact there, so the comparison says nothing.")
-    return "\n".join(lines)
-
-
-_COLUMNS = (  # title, key in metrics.json, width, format
-    ("FVU", "fvu", 9, ".4f"),
-    ("w/o pos. 0", "fvu_without_first_position", 12, ".4f"),
-    ("median", "fvu_median", 9, ".4f"),
-    ("L0", "l0", 8, ".2f"),
-    ("dead", "dead_fraction", 8, ".1%"),
-    ("cosine", "cosine", 8, ".4f"),
-    ("CE +nats", "ce_increase", 10, ".4f"),
-    ("KL", "kl", 8, ".4f"),
-    ("directions", "n_latents", 12, ","),
-)
-
-
-def _cell(value: int | float | None, width: int, form: str) -> str:
-    """A number at the right of its column, a dash where it has no meaning."""
-    return f"{'-' if value is None else format(value, form):>{width}}"

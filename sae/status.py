@@ -106,11 +106,29 @@ def read_row(folder: Path, name: str | None = None) -> Row:
     metrics = progress.get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
     for key in METRICS:
-        row.train[key] = _number(metrics.get(f"train/{key}"))
-        row.held_out[key] = _number(metrics.get(f"val/{key}"), scores.get(key))
+        row.train[key] = _number(metrics.get(f"train/{key}"), *_mean(metrics, "train", key))
+        row.held_out[key] = _number(metrics.get(f"val/{key}"), scores.get(key), *_mean(metrics, "val", key))
+    names = _dictionaries(metrics)
+    if names:
+        notes.append(f"means over the dictionaries {', '.join(names)}")
     beat = owner.age_s if owner is not None else None
     row.age_s = _age(folder, beat)
     return row
+
+
+def _dictionaries(metrics: dict[str, Any]) -> list[str]:
+    """Names of the dictionaries of a run that trains several, by its curves: train/<name>/fvu."""
+    parts = [name.split("/") for name in metrics if isinstance(name, str)]
+    found = [part[1] for part in parts if len(part) == 3 and part[0] in ("train", "val") and part[2] == "fvu"]
+    return sorted(dict.fromkeys(found))
+
+
+def _mean(metrics: dict[str, Any], stage: str, key: str) -> list[float]:
+    """Mean of a quantity over the dictionaries of a run; nothing where not all of them have it."""
+    names = _dictionaries(metrics)
+    values = [_number(metrics.get(f"{stage}/{name}/{key}")) for name in names]
+    known = [value for value in values if value is not None]
+    return [sum(known) / len(known)] if known and len(known) == len(names) else []
 
 
 def _state(progress: dict[str, Any], scores: dict[str, Any], alive: bool, locked: bool) -> str:

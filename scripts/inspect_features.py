@@ -6,6 +6,7 @@
     python scripts/inspect_features.py RUN --token " the"      the latents that fire on a token, or raise it
     python scripts/inspect_features.py RUN --text "a b c"      the strongest latents at each token of a text
     python scripts/inspect_features.py RUN --report [FOLDER]   write the report again
+    python scripts/inspect_features.py RUN --dictionary NAME   of a run that trained several
 
 Reads the run's dictionary, cache and evidence, and loads its language model. A run under way is shown
 as of its last checkpoint.
@@ -42,6 +43,7 @@ def main() -> None:
         metavar="FOLDER",
         help="write the report (default: into the run's folder)",
     )
+    parser.add_argument("--dictionary", metavar="NAME", help="which one, where the run trained several")
     parser.add_argument("--top", type=int, help="how many latents to list (20; with --text: 5 per token)")
     parser.add_argument("--model", metavar="FOLDER", help="the run's language model, where it has moved to")
     parser.add_argument("--tokens", type=int, help="rows read for evidence, at most (default: 25 million)")
@@ -50,11 +52,11 @@ def main() -> None:
     for name in ("top", "tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
-    run = open_run(args.run, args.device)
+    run = open_run(args.run, args.device, args.dictionary)
     if run.unfinished:
         print(f"{run.unfinished}\n")
     if args.report is not None:
-        print(f"open {report_run(run, model=args.model, folder=Path(args.report or run.folder / 'report'))}")
+        print(f"open {report_run(run, model=args.model, folder=Path(args.report) if args.report else None)}")
         return
     reading = run.reading(args.model, args.tokens)
     text = reading.text

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors_bytes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -58,6 +59,15 @@ def seeded():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_figure():
+    """Figures come out empty, as drawing them takes as long as a short run; returns what draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw = Figure.draw
+        patch.setattr(Figure, "draw", lambda figure, renderer: None)
+        yield draw
 
 
 @pytest.fixture(scope="session")

@@ -214,6 +214,7 @@ def _cli(config, changes, *arguments):
 THING = {"class_path": "evil_module.Thing"}
 WIRED = {
     "model.dictionary": ["os.system", "evil_module.Thing", THING, THING | {"init_args": {"k": 1}}],
+    "model.dictionaries": [{"a": "os.system"}, {"a": THING}, {"a": THING | {"init_args": {"k": 1}}}],
     "trainer.callbacks": [[THING], ["evil_module.Thing"], THING],
     "trainer.logger": [THING, [THING], "evil_module.Thing"],
     "trainer.strategy": [THING],

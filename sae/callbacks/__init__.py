@@ -9,8 +9,10 @@ from sae.callbacks.run_folder import RunFolder
 from sae.callbacks.spliced_loss import SplicedLoss
 from sae.callbacks.tensorboard import TensorBoardPanels
 from sae.callbacks.throughput import Throughput
+from sae.callbacks.truth import AgainstTheTruth
 
 __all__ = [
+    "AgainstTheTruth",
     "Agreement",
     "Checkpoints",
     "NMFBaseline",

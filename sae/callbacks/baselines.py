@@ -21,13 +21,15 @@ from sae.ops.group import ALONE, Group
 from sae.ops.metrics import ReconstructionMetrics, ReconstructionScores
 from sae.ops.sparse import SparseLatents
 from sae.training import SparseAutoencoderModule
+from sae.training.names import SINGLE, curve
 
 
 class BaselineCallback(lightning.Callback):
     """Fits one baseline before training and scores it at every validation.
 
     At the autoencoder's own L0: unit atoms, the same mean, k = round(l0) coefficients a row. Scores go
-    to `baseline/<name>/...` in the logs and to `metrics()["baselines"][<name>]`.
+    to `baseline/<name>/...` in the logs and to `metrics()["baselines"][<name>]`. Where several dictionaries
+    are trained it is fitted once, and scored at the L0 of each.
     """
 
     name: str
@@ -46,7 +48,7 @@ class BaselineCallback(lightning.Callback):
         self._fit_s = 0.0
         self._curve: dict[str, float | None] = {}
         self._scores: dict[int, ReconstructionScores] = {}
-        self._at: int | None = None
+        self._at: dict[str, int] = {}
         self._logged_at: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,20 +88,24 @@ class BaselineCallback(lightning.Callback):
             raise InputError(f"the {self.name} baseline is fitted when training starts; it has not started.")
         return self._fitted
 
-    def reconstruct(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
-        """Rows written with as many coefficients as at the last scoring: the autoencoder's L0."""
-        assert self._at is not None, "reconstructing before the first validation"
-        x = x.to(self.baseline.device, torch.float32)
-        return self.baseline.decode_sparse(self.baseline.sparse_code(x, self._at))
+    def k_for(self, name: str) -> int:
+        """Coefficients per row at the last scoring: the L0 of the dictionary of that name."""
+        assert name in self._at, "asked before the first validation"
+        return self._at[name]
 
-    def metrics(self) -> dict[str, Any]:
-        """What goes into metrics.json."""
-        if self._at is None or self._fitted is None:
+    def reconstruct(self, x: Float[Tensor, "rows d_model"], k: int) -> Float[Tensor, "rows d_model"]:
+        """Rows written with k coefficients each."""
+        x = x.to(self.baseline.device, torch.float32)
+        return self.baseline.decode_sparse(self.baseline.sparse_code(x, k))
+
+    def metrics(self, name: str = SINGLE) -> dict[str, Any]:
+        """What goes into metrics.json, beside the scores of the dictionary of that name."""
+        if name not in self._at or self._fitted is None:
             return {}
-        scores = self._scores[self._at]._asdict()
+        scores = self._scores[self._at[name]]._asdict()
         extra = {
             "n_latents": self._fitted.n_latents,
-            "k": self._at,
+            "k": self._at[name],
             "fit_s": round(self._fit_s, 2),
             "fvu_by_components": self._curve,
         }
@@ -132,20 +138,20 @@ class BaselineCallback(lightning.Callback):
         self._score_at_l0_of(trainer, pl_module)
 
     def _score_at_l0_of(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
-        assert pl_module.scores is not None, "scored before the first validation"
-        k = max(1, round(pl_module.scores.l0))
-        if k not in self._scores:
-            group = Group.of_training(pl_module.device)
-            self._scores[k] = _score(self.baseline, _datamodule(trainer), k, group)
-        self._at = k
+        assert pl_module.held_out.scores, "scored before the first validation"
+        for name, scores in pl_module.held_out.scores.items():
+            self._at[name] = k = max(1, round(scores.l0))
+            if k not in self._scores:
+                group = Group.of_training(pl_module.device)
+                self._scores[k] = _score(self.baseline, _datamodule(trainer), k, group)
         if self._logged_at == trainer.global_step:  # the test after the last validation
             return
         self._logged_at = trainer.global_step
-        known = {key: value for key, value in self._scores[k]._asdict().items() if value is not None}
-        for logger in trainer.loggers:
-            logger.log_metrics(
-                {f"baseline/{self.name}/{key}": value for key, value in known.items()}, trainer.global_step
-            )
+        for name, k in self._at.items():
+            known = {key: value for key, value in self._scores[k]._asdict().items() if value is not None}
+            points = {curve(f"baseline/{self.name}", name, key): value for key, value in known.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(points, trainer.global_step)
 
     def _fit(
         self, data: ActivationDataModule, n_components: int | None, device: torch.device, group: Group = ALONE

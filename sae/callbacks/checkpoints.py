@@ -22,6 +22,8 @@ from sae.training import SparseAutoencoderModule
 class Checkpoints(Checkpoint):
     """checkpoints/last.ckpt every so many steps and after every validation, best.ckpt by held-out FVU.
 
+    Where several dictionaries are trained, best.ckpt is that with the least mean of their FVUs.
+
     A checkpoint is taken between two steps, when all that belongs to the one before is done: its logs, its
     validation. So a run that continues from it neither repeats nor leaves out anything. Signals are heeded
     at the same place, by all ranks after the same step.
@@ -136,7 +138,7 @@ class Checkpoints(Checkpoint):
         pl_module.requeueing |= group.any(received == signal.SIGUSR1)
 
     def _save(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
-        is_best = self._validated and pl_module.scores is not None and self._is_best(pl_module.scores.fvu)
+        is_best = self._validated and self._is_best(pl_module.held_out.mean_fvu)
         self._validated = False
         if trainer.global_step == self._saved_at and not is_best:
             return

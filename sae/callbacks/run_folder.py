@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.json after each validation, the dictionary at the end."""
+"""What a run leaves behind: metrics.json after each validation, its dictionaries at the end."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from sae.activations import ActivationDataModule
 from sae.callbacks.throughput import Throughput
 from sae.checkpoints import LAST
-from sae.dictionaries import save_dictionary
+from sae.dictionaries import Dictionary, save_dictionary
+from sae.dictionaries.penalised import Penalised
 from sae.errors import DivergedError
 from sae.files import write_json
 from sae.training import SparseAutoencoderModule
+from sae.training.names import SINGLE
 
 MODEL_LOSS_KEYS = (
     "ce_clean",
@@ -32,7 +34,10 @@ MODEL_LOSS_KEYS = (
 
 
 class RunFolder(lightning.Callback):
-    """Writes config.yaml, metrics.json and dictionary/ into the run folder, each atomically."""
+    """Writes config.yaml, metrics.json and dictionary/ into the run folder, each atomically.
+
+    Several dictionaries go to dictionaries/<name>/, and their scores to metrics.json["dictionaries"][name].
+    """
 
     def __init__(self, folder: Path, save_config: Callable[[Path], None], seed: int | None) -> None:
         """Describes the run.
@@ -75,15 +80,18 @@ class RunFolder(lightning.Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
-        """The trained dictionary."""
-        self._save_dictionary(trainer, pl_module, "dictionary")
+        """The trained dictionary, or several."""
+        self._save(trainer, pl_module, self.folder / "dictionary", self.folder / "dictionaries")
 
-    def _save_dictionary(
-        self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule, name: str
+    def _save(
+        self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule, single: Path, several: Path
     ) -> None:
         data: ActivationDataModule = trainer.datamodule  # pyright: ignore
         model = data.cache.manifest["model"]
-        save_dictionary(pl_module.dictionary, self.folder / name, hookpoint=data.hookpoint, model=model)
+        with pl_module.averaged():
+            for name, dictionary in pl_module.dictionaries.items():
+                folder = single if name == SINGLE else several / name
+                save_dictionary(dictionary, folder, hookpoint=data.hookpoint, model=model)
 
     @rank_zero_only
     def on_exception(
@@ -97,13 +105,25 @@ class RunFolder(lightning.Callback):
             )
             print(f"\nstopped at step {trainer.global_step}; the same command {again}.", file=sys.stderr)
         if isinstance(exception, DivergedError):
-            self._save_dictionary(trainer, pl_module, "before_divergence")
-            kept = f"{self.folder / 'before_divergence'} has the weights of the step before"
-            print(f"{kept}; {last} is as it was." if last.is_file() else f"{kept}.", file=sys.stderr)
+            told = "the weights of the step before are not finite either"
+            if all(
+                p.isfinite().all()
+                for d in pl_module.dictionaries.values()
+                for p in d.saved_tensors().values()
+            ):
+                kept = self.folder / "before_divergence"
+                self._save(trainer, pl_module, kept, kept)
+                told = f"{kept} has the weights of the step before"
+            print(f"{told}; {last} is as it was." if last.is_file() else f"{told}.", file=sys.stderr)
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """The final metrics; the run is finished once `finish` has been called."""
         self._write_metrics(trainer, pl_module)
+        for name, dictionary in pl_module.dictionaries.items():
+            if trainer.is_global_zero and (
+                told := missed_target(name, dictionary, pl_module.held_out.scores[name].l0)
+            ):
+                print(told, file=sys.stderr)
 
     @rank_zero_only
     def finish(self) -> None:
@@ -114,31 +134,53 @@ class RunFolder(lightning.Callback):
 
     @rank_zero_only
     def _write_metrics(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
-        assert pl_module.scores is not None
-        dictionary = pl_module.dictionary
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         throughput = [c.tokens_per_s for c in trainer.callbacks if isinstance(c, Throughput)]
-        metrics: dict[str, Any] = {
-            "finished": False,
-            **pl_module.scores._asdict(),
+        run = {
             "steps": trainer.global_step,
             "tokens_seen": batches * pl_module.rows.batch_size,
             "tokens_per_s": throughput[0] if throughput else None,
             "wall_s": self._wall_s(),
-            "d_model": dictionary.d_model,
-            "n_latents": dictionary.n_latents,
-            "seed": self._seed,
-            **dict.fromkeys(MODEL_LOSS_KEYS),
-            "baselines": {},
+            "d_model": pl_module.rows.d_model,
         }
-        for callback in trainer.callbacks:
-            if hasattr(callback, "metrics"):
-                _merge(metrics, callback.metrics())
+        found = {name: self._metrics_of(name, trainer, pl_module) for name in pl_module.learners}
+        if SINGLE in found:
+            scores, others = found[SINGLE]
+            sizes = {"n_latents": others.pop("n_latents"), "seed": self._seed}
+            metrics = {"finished": False, **scores, **run, **sizes, **others}
+        else:
+            several = {name: scores | others for name, (scores, others) in found.items()}
+            metrics = {"finished": False, **run, "seed": self._seed, "dictionaries": several}
         write_json(self.folder / "metrics.json", metrics)
         self._last_metrics = metrics
 
+    def _metrics_of(
+        self, name: str, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Held-out scores of a dictionary, and what else is known of it."""
+        others: dict[str, Any] = {
+            "n_latents": pl_module.dictionaries[name].n_latents,
+            **dict.fromkeys(MODEL_LOSS_KEYS),
+            "baselines": {},
+        }
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if hasattr(callback, "metrics"):
+                _merge(others, callback.metrics(name))
+        return pl_module.held_out.scores[name]._asdict(), others
+
     def _wall_s(self) -> float:
         return self._earlier_s + time.monotonic() - self._begin
+
+
+def missed_target(name: str, dictionary: Dictionary, l0: float) -> str:
+    """What is to be said of a held-out L0 that is not near its target; else nothing."""
+    if not isinstance(dictionary, Penalised) or dictionary.is_near_target(l0):
+        return ""
+    trained, why = float(dictionary.recent_l0), "more steps come nearer"
+    if dictionary.is_near_target(trained):
+        why = f"on the last rows trained on it was {trained:.4g}, so the held-out ones differ from them"
+    which = "L0" if name == SINGLE else f"L0 of `{name}`"
+    return f"{which} is {l0:.4g} on the held-out rows, its target {dictionary.target_l0}: {why}."
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:

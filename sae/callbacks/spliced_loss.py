@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning
@@ -19,6 +20,7 @@ from sae.dictionaries import Dictionary
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
 from sae.training import SparseAutoencoderModule
+from sae.training.names import SINGLE
 
 MOST_TOKENS = 131_072
 """Held-out tokens that cross entropy is measured on, at most."""
@@ -27,8 +29,8 @@ MOST_TOKENS = 131_072
 class SplicedLoss(lightning.Callback):
     """Cross entropy and KL on held-out documents with each reconstruction in place of the residual stream.
 
-    The model as it is, the autoencoder, the mean of the training rows, and every baseline at the
-    autoencoder's own L0. Positions that the cache has no rows of keep the residual stream in all of them.
+    The model as it is, the autoencoder (each of them), the mean of the training rows, and every baseline at
+    the autoencoder's own L0. Positions that the cache has no rows of keep the residual stream in all of them.
     A cache may be trained on where its language model is not: then the figures stay null, and a line says
     why.
     """
@@ -37,18 +39,18 @@ class SplicedLoss(lightning.Callback):
         self._clean: float | None = None
         self._losses: dict[str, ModelLoss] = {}
 
-    def metrics(self) -> dict[str, Any]:
-        """What goes into metrics.json."""
+        self._at: dict[str, dict[str, str]] = {}  # dictionary -> baseline -> its name among the losses
+
+    def metrics(self, name: str = SINGLE) -> dict[str, Any]:
+        """What goes into metrics.json, beside the scores of the dictionary of that name."""
         if self._clean is None:
             return {}
-        losses = dict(self._losses)
-        ablated, spliced = losses.pop("mean_ablated"), losses.pop("sae")
         return {
             "ce_clean": self._clean,
-            "ce_mean_ablated": ablated.ce,
-            **_figures(spliced),
+            "ce_mean_ablated": self._losses["mean_ablated"].ce,
+            **_figures(self._losses[f"sae/{name}"]),
             "ce_tokens": self._tokens,
-            "baselines": {name: _figures(loss) for name, loss in losses.items()},
+            "baselines": {baseline: _figures(self._losses[at]) for baseline, at in self._at[name].items()},
         }
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
@@ -90,12 +92,16 @@ class SplicedLoss(lightning.Callback):
             return None
         mean = data.moments.mean.to(pl_module.device, torch.float32)
         replacements: dict[str, Replacement] = {
-            "sae": _reconstruct(pl_module.dictionary),
-            "mean_ablated": lambda x: mean.expand_as(x),
+            f"sae/{name}": _reconstruct(dictionary) for name, dictionary in pl_module.dictionaries.items()
         }
-        for callback in trainer.callbacks:  # pyright: ignore
-            if isinstance(callback, BaselineCallback):
-                replacements[callback.name] = callback.reconstruct
+        replacements["mean_ablated"] = lambda x: mean.expand_as(x)
+        baselines = [c for c in trainer.callbacks if isinstance(c, BaselineCallback)]  # pyright: ignore
+        for name in pl_module.dictionaries:
+            self._at[name] = {}
+            for callback in baselines:  # dictionaries of the same L0 share what is measured
+                k = callback.k_for(name)
+                self._at[name][callback.name] = at = f"{callback.name}/{k}"
+                replacements[at] = partial(callback.reconstruct, k=k)
         return context_losses(model, data.hookpoint, token_ids, replacements, cached)
 
 

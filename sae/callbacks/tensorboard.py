@@ -19,6 +19,7 @@ from sae.callbacks.event_files import cut_event_files, event_file_sizes
 from sae.callbacks.run_folder import RunFolder
 from sae.ops.geometry import nearest_neighbour_cosines
 from sae.training import SparseAutoencoderModule
+from sae.training.names import SINGLE, curve, metrics_of_each
 
 AT_EQUAL_L0 = {
     "fvu": "FVU",
@@ -28,8 +29,15 @@ AT_EQUAL_L0 = {
     "l0": "L0",
 }
 """What every validation scores of every method, with the titles of the charts."""
-ON_THE_MODEL = {"ce_increase": "CE increase (nats)", "kl": "KL (nats)"}
-"""What the end of a run measures of every method where the language model is at hand."""
+AT_THE_END = {
+    "ce_increase": "CE increase (nats)",
+    "kl": "KL (nats)",
+    "truth_f1": "F1 against the truth",
+    "truth_mcc": "MCC against the truth",
+}
+"""What the end of a run measures of every method where the language model is at hand, or the truth known."""
+_IN_THE_TABLE = ("fvu", "l0", "dead_fraction", "cosine", "ce_increase")
+_OF_A_WORLD = ("truth_f1", "truth_mcc")
 _HPARAMS = ".hparams"  # ending of the event file that a later session of the run replaces
 
 
@@ -44,7 +52,7 @@ class TensorBoardPanels(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Lays out the charts, once in a run."""
         if trainer.global_step == 0 and (writer := _writer(trainer)):
-            writer.add_custom_scalars(_layout(trainer, AT_EQUAL_L0))
+            writer.add_custom_scalars(_layout(trainer, {name: AT_EQUAL_L0 for name in pl_module.learners}))
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -62,12 +70,14 @@ class TensorBoardPanels(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Draws the firing densities."""
-        writer, densities = _writer(trainer), pl_module.densities
-        if writer is None or densities is None or trainer.sanity_checking:
+        writer = _writer(trainer)
+        if writer is None or trainer.sanity_checking:
             return
-        alive = densities[densities > 0].log10().cpu().numpy()
-        if len(alive):
-            writer.add_histogram("latents/log10_density", alive, trainer.global_step, bins=64)  # pyright: ignore
+        for name, densities in pl_module.held_out.densities.items():
+            alive = densities[densities > 0].log10().cpu().numpy()
+            if len(alive):
+                tag = curve("latents", name, "log10_density")
+                writer.add_histogram(tag, alive, trainer.global_step, bins=64)  # pyright: ignore
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Draws what is known at the end."""
@@ -75,27 +85,42 @@ class TensorBoardPanels(lightning.Callback):
         writer, step = _writer(trainer), trainer.global_step
         if writer is None or not metrics:
             return
-        methods = {"test": metrics} | {f"baseline/{n}": row for n, row in metrics["baselines"].items()}
-        measured = [key for key in ON_THE_MODEL if metrics.get(key) is not None]
-        for prefix, row in methods.items():
-            for key in measured:
-                if row.get(key) is not None:
-                    writer.add_scalar(f"{prefix}/{key}", row[key], step)
-        titles = AT_EQUAL_L0 | {key: ON_THE_MODEL[key] for key in measured}
+        each = metrics_of_each(metrics)
+        titles = {name: _measured(writer, name, own, step) for name, own in each.items()}
         writer.add_custom_scalars(_layout(trainer, titles))  # the last one counts
-        with torch.inference_mode():
-            cosines = nearest_neighbour_cosines(pl_module.dictionary.directions).float().cpu()
-        bins = np.linspace(0, 1, 51).tolist()
-        writer.add_histogram("latents/nearest_neighbour_cosine", cosines.numpy(), step, bins=bins)
-        writer.flush()
-        _add_figures(writer, metrics, pl_module.densities, cosines, step)
+        for name, own in each.items():
+            with torch.inference_mode():
+                cosines = nearest_neighbour_cosines(pl_module.dictionaries[name].directions).float().cpu()
+            bins = np.linspace(0, 1, 51).tolist()
+            tag = curve("latents", name, "nearest_neighbour_cosine")
+            writer.add_histogram(tag, cosines.numpy(), step, bins=bins)
+            writer.flush()
+            _add_figures(writer, name, own, pl_module.held_out.densities.get(name), cosines, step)
         writer.flush()
         _replace_hparams(
             Path(writer.get_logdir()),
             _hyperparameters(trainer, pl_module, metrics),
-            [f"test/{key}" for key in ("fvu", "l0", "dead_fraction", "cosine", "ce_increase")]
-            + [f"baseline/{name}/fvu" for name in metrics["baselines"]],
+            [tag for name, own in each.items() for tag in _in_the_table(name, own)],
         )
+
+
+def _measured(writer: SummaryWriter, name: str, metrics: dict[str, Any], step: int) -> dict[str, str]:
+    """Draws what was measured at the end; gives the titles of all that is known."""
+    methods = {"test": metrics} | {f"baseline/{n}": row for n, row in metrics["baselines"].items()}
+    measured = [key for key in AT_THE_END if metrics.get(key) is not None]
+    for prefix, row in methods.items():
+        for key in measured:
+            if row.get(key) is not None:
+                writer.add_scalar(curve(prefix, name, key), row[key], step)
+    return AT_EQUAL_L0 | {key: AT_THE_END[key] for key in measured}
+
+
+def _in_the_table(name: str, metrics: dict[str, Any]) -> list[str]:
+    """Tags of a dictionary's columns in the table of hyperparameters."""
+    keys = [*_IN_THE_TABLE, *(key for key in _OF_A_WORLD if key in metrics)]
+    return [curve("test", name, key) for key in keys] + [
+        curve(f"baseline/{baseline}", name, "fvu") for baseline in metrics["baselines"]
+    ]
 
 
 def _writer(trainer: lightning.Trainer) -> SummaryWriter | None:
@@ -105,18 +130,27 @@ def _writer(trainer: lightning.Trainer) -> SummaryWriter | None:
     return next((log.experiment for log in trainer.loggers if isinstance(log, TensorBoardLogger)), None)
 
 
-def _layout(trainer: lightning.Trainer, titles: dict[str, str]) -> dict[str, Any]:
-    """One chart for each quantity; tags are regular expressions that match from the beginning."""
+def _layout(trainer: lightning.Trainer, titles: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Charts by dictionary and quantity; tags are regular expressions that match from the beginning."""
     methods = ["(val|test)"]
     methods += [f"baseline/{c.name}" for c in trainer.callbacks if isinstance(c, BaselineCallback)]
-    charts = {
-        title: ["Multiline", [f"^{method}/{key}$" for method in methods]] for key, title in titles.items()
+    heading = "Every method on the held-out rows, at equal L0"
+    return {
+        heading if name == SINGLE else f"{name}: {heading[0].lower()}{heading[1:]}": {
+            title: ["Multiline", [f"^{curve(method, name, key)}$" for method in methods]]
+            for key, title in of.items()
+        }
+        for name, of in titles.items()
     }
-    return {"Every method on the held-out rows, at equal L0": charts}
 
 
 def _add_figures(
-    writer: SummaryWriter, metrics: dict[str, Any], densities: Tensor | None, cosines: Tensor, step: int
+    writer: SummaryWriter,
+    name: str,
+    metrics: dict[str, Any],
+    densities: Tensor | None,
+    cosines: Tensor,
+    step: int,
 ) -> None:
     from sae.inspection import figures  # matplotlib takes a second to import
 
@@ -125,23 +159,26 @@ def _add_figures(
         "methods_at_equal_l0": figures.methods_at_equal_l0(metrics),
         "densities": None if densities is None else figures.density_histogram(densities),
         "nearest_neighbours": figures.neighbour_histogram(cosines),
-        "training_curves": figures.training_curves(Path(writer.get_logdir())),
+        "training_curves": figures.training_curves(
+            Path(writer.get_logdir()), None if name == SINGLE else name
+        ),
     }
-    for name, figure in drawn.items():
+    for shows, figure in drawn.items():
         if figure is not None:
-            writer.add_figure(f"figures/{name}", figure, step)
+            writer.add_figure(curve("figures", name, shows), figure, step)
 
 
 def _hyperparameters(
     trainer: lightning.Trainer, pl_module: SparseAutoencoderModule, metrics: dict[str, Any]
 ) -> dict[str, int | float | str]:
     data: ActivationDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-    dictionary = pl_module.dictionary
+    each = pl_module.dictionaries
     values = {
-        "kind": type(dictionary).__name__,
-        "n_latents": dictionary.n_latents,
-        "k": dictionary.config.get("k"),
-        "lr": pl_module.lr,
+        "kind": _joined([type(dictionary).__name__ for dictionary in each.values()]),
+        "n_latents": _joined([dictionary.n_latents for dictionary in each.values()]),
+        "k": _joined([dictionary.config.get("k") for dictionary in each.values()]),
+        "target_l0": _joined([dictionary.config.get("target_l0") for dictionary in each.values()]),
+        "lr": _joined([pl_module.lr_of(name) for name in each]),
         "batch_size": data.batch_size,
         "hookpoint": data.hookpoint,
         "model": data.cache.manifest["model"],
@@ -149,6 +186,11 @@ def _hyperparameters(
         "max_steps": trainer.max_steps,
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _joined(values: list[Any]) -> Any:
+    """The value that all dictionaries have, or all of theirs in words."""
+    return values[0] if len(set(values)) == 1 else ", ".join("-" if v is None else f"{v}" for v in values)
 
 
 def _replace_hparams(folder: Path, values: dict[str, int | float | str], metrics: list[str]) -> None:

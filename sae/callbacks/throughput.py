@@ -13,6 +13,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 
 from sae.training import SparseAutoencoderModule
 from sae.training.flops import training_flops
+from sae.training.names import curve
 
 WARMUP_STEPS = 20
 """Steps left out at the start of a process, while caches and allocators fill."""
@@ -101,9 +102,10 @@ class Throughput(lightning.Callback):
     def _mfu(self, pl_module: SparseAutoencoderModule) -> float | None:
         if self._peak_flops is None or self.tokens_per_s is None:
             return None
-        dictionary = pl_module.dictionary
-        l0 = float(pl_module.trainer.callback_metrics.get("train/l0", 0.0))
-        flops, _ = training_flops(dictionary.d_model, dictionary.n_latents, l0)
+        known, flops = pl_module.trainer.callback_metrics, 0.0
+        for name, dictionary in pl_module.dictionaries.items():
+            l0 = float(known.get(curve("train", name, "l0"), 0.0))
+            flops += training_flops(dictionary.d_model, dictionary.n_latents, l0)[0]
         return flops * self.tokens_per_s / (self._peak_flops * pl_module.trainer.world_size)
 
 

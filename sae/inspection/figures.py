@@ -151,20 +151,25 @@ def neighbour_histogram(cosines: Float[Tensor, " n_latents"]) -> Figure:
 
 
 @matplotlib.rc_context(_STYLE)
-def training_curves(folder: Path) -> Figure | None:
+def training_curves(folder: Path, dictionary: str | None = None) -> Figure | None:
     """FVU and dead latents over the training steps, from the run's TensorBoard events.
 
     Args:
         folder: the run folder, or the folder of the events themselves.
+        dictionary: which one, in a run of several.
 
     Returns:
         None if there are no such events.
     """
     inside = folder / "tensorboard"
     curves = _scalars(inside if inside.is_dir() else folder)
+    train, val = (f"{stage}/{dictionary}" if dictionary else stage for stage in ("train", "val"))
     panels = {
-        "FVU": {"train/fvu": "train", "val/fvu": "held-out"},
-        "Dead latents": {"train/dead_fraction": "train: not lately", "val/dead_fraction": "held-out: never"},
+        "FVU": {f"{train}/fvu": "train", f"{val}/fvu": "held-out"},
+        "Dead latents": {
+            f"{train}/dead_fraction": "train: not lately",
+            f"{val}/dead_fraction": "held-out: never",
+        },
     }
     if not any(tag in curves for tags in panels.values() for tag in tags):
         return None

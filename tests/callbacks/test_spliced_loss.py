@@ -23,7 +23,9 @@ def test_positions_without_a_row_keep_the_residual_stream(without_first, monkeyp
     moments = without_first.moments("resid.1")
     data = SimpleNamespace(cache=without_first, hookpoint="resid.1", moments=moments)
     trainer = Mock(spec=lightning.Trainer, datamodule=data, callbacks=[])
-    module = Mock(spec=SparseAutoencoderModule, dictionary=dictionary, device=torch.device("cpu"))
+    module = Mock(
+        spec=SparseAutoencoderModule, dictionaries={"dictionary": dictionary}, device=torch.device("cpu")
+    )
     callback = SplicedLoss()
     callback.on_test_end(trainer, module)
     found = callback.metrics()

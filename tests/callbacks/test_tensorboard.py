@@ -30,6 +30,8 @@ from sae.dictionaries import TopK
 from sae.inspection.projector import write_projector
 from sae.ops.geometry import nearest_neighbour_cosines
 from sae.training import SparseAutoencoderModule
+from sae.training.learner import Learner
+from sae.training.names import SINGLE
 
 QUANTITIES = {
     "FVU": "fvu",
@@ -174,7 +176,7 @@ def _panels_at_the_end(folder, metrics, logger, rank_zero=True):
         batch_size=4, hookpoint="resid.0", cache=SimpleNamespace(manifest={"model": None})
     )
     module = SparseAutoencoderModule(lambda d_model: TopK(d_model, 6, 2))
-    module.dictionary = TopK(4, 6, 2)
+    module.learners[SINGLE] = Learner(TopK(4, 6, 2), module.recipe)
     TensorBoardPanels().on_test_end(trainer, module)
 
 

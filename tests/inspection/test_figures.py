@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from sae.inspection import figures
+
+
+@pytest.fixture(autouse=True)
+def drawn(draw_figure, monkeypatch):
+    monkeypatch.setattr(Figure, "draw", draw_figure)
+
 
 METRICS = {
     "fvu": 0.25, "l0": 4.0, "n_latents": 512, "ce_increase": 0.5,

@@ -46,6 +46,8 @@ _COLUMNS = {
     "kl": "KL, nats",
     "cosine": "cosine",
     "dead_fraction": "dead",
+    "truth_f1": "F1 (chance 0, truth 1)",
+    "truth_mcc": "MCC (chance 0, truth 1)",
 }
 _MODEL_LOSS = {"ce_clean": "as it is", "ce_mean_ablated": "with the activations replaced by their mean"}
 

@@ -55,6 +55,10 @@ class RandomRows(lightning.LightningDataModule):
         """A few batches."""
         return Batches(STEPS, self.step.rows, self.step.d_model, self.dtype)
 
+    def first_rows(self, n: int) -> Tensor:
+        """As many as a batch has."""
+        return torch.randn(self.step.rows, self.step.d_model)
+
     def val_dataloader(self) -> Batches:
         """One batch, of the size that every GPU takes."""
         return Batches(1, self.step.held_out_rows, self.step.d_model, self.dtype)
@@ -80,7 +84,8 @@ class AllDead(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Before the list of dead latents is first asked for."""
-        pl_module.dead_latents.dead.fill_(True)
+        for learner in pl_module.each.values():
+            learner.dead_latents.dead.fill_(True)
 
 
 def measure(module: SparseAutoencoderModule, step: Step, dtype: torch.dtype, **trainer: Any) -> int:
@@ -135,7 +140,7 @@ def main() -> None:
     cli = SaeCLI(sys.argv[1:])
     plan = plan_run(cli.model, cli.datamodule, cli.trainer)
     step = replace(plan.step, nmf=False)
-    planned = memory_of(step)
+    planned = memory_of(*(replace(each, nmf=False) for each in plan.each))
     device = "gpu" if cli.trainer.strategy.root_device.type == "cuda" else "cpu"
     measured = measure(
         cli.model,
@@ -145,8 +150,8 @@ def main() -> None:
         precision=step.precision,
         gradient_clip_val=cli.trainer.gradient_clip_val,
     )
-    kind = f"{type(plan.dictionary).__name__}({plan.dictionary.extra_repr()})"
-    print(f"{kind}, {step.rows:,} rows, {step.precision}")
+    kinds = ", ".join(f"{type(d).__name__}({d.extra_repr()})" for d in plan.dictionaries.values())
+    print(f"{kinds}, {step.rows:,} rows, {step.precision}")
     print(f"planned  {format_bytes(planned.total)} at the peak, {planned.peak_at}")
     print(f"measured {format_bytes(measured)} on {cli.trainer.strategy.root_device.type}")
     print(f"planned / measured - 1 = {planned.total / measured - 1:+.1%}")

@@ -8,12 +8,9 @@ moment, and `scripts/measure_plan.py` shows how near they come to a run; the tes
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import torch
-
-from sae.dictionaries import SparseAutoencoder
 
 INDEX = 8  # bytes of an int64
 DOUBLE = 8  # bytes of a float64
@@ -26,7 +23,7 @@ class Memory(NamedTuple):
     """Bytes on one GPU at the peak of a run."""
 
     parameters: int
-    """The dictionary's weights and buffers, and the counters of dead latents."""
+    """The weights and buffers of all dictionaries, running means, and the counters of dead latents."""
     gradients: int
     moments: int
     """Adam's two."""
@@ -43,7 +40,7 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """All that the memory of a step depends on."""
+    """All that the memory of a step depends on, for one dictionary."""
 
     rows: int
     """Rows of a batch on one GPU."""
@@ -52,7 +49,7 @@ class Step:
     d_model: int
     n_latents: int
     entries: int
-    """Latents that the kind selects per row."""
+    """Latents that the kind selects per row, when these are most."""
     revived: int
     """Dead latents that AuxK selects per row; 0 = without AuxK."""
     weights: int
@@ -69,6 +66,14 @@ class Step:
     """Whether gradients stay in memory during the backward pass (DDP's buckets, accumulated batches)."""
     shares: int = 0
     """Numbers that ride on the gradients from GPU to GPU (on one GPU they are there as well)."""
+    turns: bool = False
+    """Whether latents take turns to fire (MinFire), which takes a second matrix of pre-activations."""
+    mask: bool = False
+    """Whether the kind marks those that fire among all pre-activations."""
+    levels: int = 1
+    """Prefixes of the dictionary that reconstruct by themselves."""
+    averages: bool = False
+    """Whether a running mean of the weights is kept."""
     nmf: bool = False
     """Whether an NMF baseline is fitted before the training, with d_model components."""
 
@@ -83,24 +88,65 @@ class Step:
         return 2 if self.precision == "bf16-mixed" else self.element
 
 
-def memory_of(step: Step) -> Memory:
-    """The peak of a run: the largest of what its moments hold."""
-    weights = step.weights * step.element
-    counters = step.n_latents * (2 * INDEX + 1)  # tokens since fired, the dead ones, and whether dead
-    parameters = weights + (step.buffers + step.shares) * step.element + counters
-    gradients, moments = weights + step.shares * step.element, 2 * weights
+def memory_of(*steps: Step) -> Memory:
+    """The peak of a run: the largest of what its moments hold.
+
+    Several dictionaries learn from one backward pass over the sum of their losses. It goes through them from
+    the last to the first, so what the forward pass has kept of all of them is there at once; what a single
+    one needs for a moment adds to that.
+    """
+    weights = [step.weights * step.element for step in steps]
+    of_each = [own + step.shares * step.element for own, step in zip(weights, steps, strict=True)]
+    gradients, moments = sum(of_each), 2 * sum(weights)
+    parameters = sum(of_each) + sum(
+        step.buffers * step.element + _counters(step) + _averages(step) for step in steps
+    )
+    # Gradients that are there while one dictionary is passed back: of those after it, in buckets of all.
+    others = [
+        gradients - own if step.holds_gradients else sum(of_each[i + 1 :])
+        for i, (own, step) in enumerate(zip(of_each, steps, strict=True))
+    ]
+    kept = [sum(map(_kept, steps[:i])) for i in range(len(steps))]
     peaks = {
-        "the forward pass": _forward(step) + gradients,
-        "the backward pass": _backward(step),
-        "the optimiser's step": step.rows * step.d_model * step.row_element + _matrix(step) + gradients,
-        "validation": _validation(step) + gradients,
+        "the forward pass": _most(lambda i: kept[i] + _forward(steps[i]), steps) + gradients,
+        "the backward pass": _most(lambda i: kept[i] + _backward(steps[i]) + others[i], steps),
+        "the optimiser's step": _given(steps[0]) + max(map(_matrix, steps)) + gradients,
+        # Where means are scored, the weights are put aside for as long.
+        "validation": max(map(_validation, steps)) + sum(map(_averages, steps)) + gradients,
     }
-    if step.nmf:  # fitted before the first step: neither gradients nor moments yet
-        peaks["the fit of the NMF baseline"] = _nmf_fit(step) - moments
+    if steps[0].nmf:  # fitted before the first step: neither gradients nor moments yet
+        peaks["the fit of the NMF baseline"] = _nmf_fit(steps[0]) - moments
     peak_at = max(peaks, key=lambda name: peaks[name])
     # The fit may peak below what gradients and moments take later, or a step without all gradients.
     activations = max(0, peaks[peak_at] - gradients)
     return Memory(parameters, gradients, moments, activations, peak_at)
+
+
+def _most(held: Callable[[int], int], steps: Sequence[Step]) -> int:
+    """The most that is held at any of the dictionaries."""
+    return max(map(held, range(len(steps))))
+
+
+def _counters(step: Step) -> int:
+    """Tokens since each latent fired, the dead ones, and whether dead."""
+    return step.n_latents * (2 * INDEX + 1)
+
+
+def _averages(step: Step) -> int:
+    """Running means of all weights."""
+    return step.weights * step.element if step.averages else 0
+
+
+def _kept(step: Step) -> int:
+    """What the backward pass needs of a dictionary, beside the batch as given."""
+    row, code = step.rows * step.d_model * step.element, step.element + INDEX
+    auxk = row + step.rows * step.revived * code if step.revived else 0
+    return (1 + step.levels) * row + step.rows * step.entries * code + auxk
+
+
+def _given(step: Step) -> int:
+    """The batch as given."""
+    return step.rows * step.d_model * step.row_element
 
 
 def _matrix(step: Step) -> int:
@@ -122,9 +168,17 @@ def _forward(step: Step) -> int:
     rows = step.rows
     row, pre_acts = rows * step.d_model * step.element, rows * step.n_latents * step.pre_act
     code = rows * step.entries * (step.element + INDEX)
+    if step.mask:  # of each entry also its distance, step and ramp, what is penalised, and what lies between
+        code += rows * step.entries * 8 * step.element
     selecting = rows * step.entries * (step.pre_act + step.element)  # values before relu, twice
-    # u_hat and its residual; on logging steps also the rows about their mean, and these squared.
-    moments = [pre_acts + _cast(step, rows), pre_acts + code + selecting, pre_acts + code + 4 * row]
+    marks = (pre_acts if step.turns else 0) + (rows * step.n_latents if step.mask else 0)
+    # u_hat and its residual; on logging steps also the rows about their mean, and these squared. Of several
+    # levels u_hat in parts and added up, the residuals, and these squared.
+    moments = [
+        pre_acts + _cast(step, rows),
+        pre_acts + code + max(marks, selecting),
+        pre_acts + code + 4 * step.levels * row,
+    ]
     if step.revived:
         found = rows * step.revived * (step.pre_act + INDEX)
         # u_hat and the residual twice (kept, and for AuxK); the dead latents' pre-activations are a copy.
@@ -141,7 +195,7 @@ def _backward(step: Step) -> int:
     the reconstruction's.
     """
     row = step.rows * step.d_model * step.element
-    kept = _batch(step) + row + step.rows * step.entries * (step.element + INDEX)
+    kept = _batch(step) + step.levels * row + step.rows * step.entries * (step.element + INDEX)
     held = (step.weights + step.shares) * step.element if step.holds_gradients else 0
     moments = [(2 if step.holds_gradients else 3) * _matrix(step) + _transposing(step, step.entries)]
     if step.revived:
@@ -179,22 +233,6 @@ def _nmf_fit(step: Step) -> int:
     return rows * width * 4 + max(decomposing, starting)
 
 
-def entries_per_row(dictionary: SparseAutoencoder, rows: int) -> int:
-    """Latents that a kind selects per row, at most.
-
-    A kind may say so with an attribute `entries_per_row`. Else its rule is asked, on tensors without data;
-    where their number depends on the data it cannot say, and all count: no kind has more.
-    """
-    said = getattr(dictionary, "entries_per_row", None)
-    if said is not None:
-        return int(said)
-    pre_acts = torch.empty(rows, dictionary.n_latents, device="meta")
-    try:
-        return -(-dictionary.select(pre_acts).indices.numel() // rows)
-    except (NotImplementedError, RuntimeError):
-        return dictionary.n_latents
-
-
-def revived_per_row(d_model: int, n_latents: int, coefficient: float) -> int:
-    """Dead latents that AuxK selects per row when all of them are dead; 0 without AuxK."""
-    return min(n_latents, max(1, d_model // 2)) if coefficient > 0 else 0
+def revived_per_row(d_model: int, n_latents: int) -> int:
+    """Dead latents that AuxK selects per row when all of them are dead."""
+    return min(n_latents, max(1, d_model // 2))

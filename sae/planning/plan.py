@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,18 @@ from sae.activations import ActivationDataModule
 from sae.activations.cache.places import LocalPlace
 from sae.activations.source import parse_bytes
 from sae.callbacks import NMFBaseline
-from sae.dictionaries import SparseAutoencoder
+from sae.dictionaries import MatryoshkaBatchTopK, SparseAutoencoder
+from sae.dictionaries.penalised import Penalised
 from sae.errors import InputError
 from sae.files import format_bytes
-from sae.planning.memory import Memory, Step, entries_per_row, memory_of, revived_per_row
+from sae.planning.memory import Memory, Step, memory_of, revived_per_row
 from sae.planning.rows import CachePlan, plan_cache
 from sae.planning.speed import Work, ring_bytes
 from sae.planning.table import plan_table
 from sae.training import SparseAutoencoderModule
 from sae.training.flops import training_flops
-from sae.training.module import RIDERS_BESIDE_LATENTS
+from sae.training.learner import RIDERS_BESIDE_LATENTS
+from sae.training.trainer_settings import check_trainer
 
 RUNTIME_BYTES = 10**9
 """Memory that no tensor shows: CUDA's context, libraries, workspaces, gaps between blocks."""
@@ -34,10 +38,12 @@ _RUNTIME = f"about {format_bytes(RUNTIME_BYTES)} for the runtime"
 class RunPlan:
     """A run, planned. `str` gives the text to print, `check` refuses what cannot fit."""
 
-    dictionary: SparseAutoencoder
-    """On the meta device: shapes without numbers."""
-    step: Step
+    dictionaries: dict[str, SparseAutoencoder]
+    """By name, on the meta device: shapes without numbers."""
+    each: tuple[Step, ...]
+    """The step of each."""
     memory: Memory
+    """Of all together."""
     cache: CachePlan
     gpus: int
     memory_limit: int | None
@@ -53,6 +59,16 @@ class RunPlan:
     work: Work
     batches_ahead: int
     """Batches that the loader keeps ready in the machine's memory."""
+
+    @property
+    def dictionary(self) -> SparseAutoencoder:
+        """The first."""
+        return next(iter(self.dictionaries.values()))
+
+    @property
+    def step(self) -> Step:
+        """That of the first; rows, width and precision are those of all."""
+        return self.each[0]
 
     @property
     def language_model_bytes(self) -> int:
@@ -132,7 +148,7 @@ class RunPlan:
 
     def _fits(self, limit: int, **changes: Any) -> bool:
         """Whether it would, with these changes to the step."""
-        changed = replace(self, memory=memory_of(replace(self.step, **changes)))
+        changed = replace(self, memory=memory_of(*(replace(s, **changes) for s in self.each)))
         return changed.total_memory + RUNTIME_BYTES <= limit
 
     def _check_disk(self) -> None:
@@ -192,14 +208,14 @@ def plan_run(
             " raise `n_tokens`."
         )
     with torch.device("meta"):
-        dictionary = module.make_dictionary(cache.d_model)
-    step = _step(module, dictionary, data.batch_size, trainer, cache, gpus)
+        dictionaries = module.build(cache.d_model)
+    each = tuple(_step(module, d, data.batch_size, trainer, cache, gpus) for d in dictionaries.values())
     steps = _steps(trainer, cache.train_rows // data.batch_size)
     tokens = steps * data.batch_size * trainer.accumulate_grad_batches
     return RunPlan(
-        dictionary=dictionary,
-        step=step,
-        memory=memory_of(step),
+        dictionaries=dictionaries,
+        each=each,
+        memory=memory_of(*each),
         cache=cache,
         gpus=gpus,
         memory_limit=limit,
@@ -208,7 +224,7 @@ def plan_run(
         steps=steps,
         tokens=tokens,
         run_folder=LocalPlace(Path(trainer.default_root_dir)),
-        work=_work(trainer, cache, step, steps, tokens),
+        work=_work(trainer, cache, each, steps, tokens),
         batches_ahead=data.workers + 1 if data.workers else 0,
     )
 
@@ -221,30 +237,37 @@ def _step(
     cache: CachePlan,
     gpus: int,
 ) -> Step:
-    module.check_trainer(trainer)
+    check_trainer(trainer)
     weights = [p.numel() for p in dictionary.parameters()]
     rows = batch_size // gpus
-    coefficient = module.auxk_coefficient
+    ways = module.recipe.ways_for(dictionary)
     return Step(
         rows=rows,
         held_out_rows=rows,
         d_model=dictionary.d_model,
         n_latents=dictionary.n_latents,
-        entries=entries_per_row(dictionary, rows),
-        revived=revived_per_row(dictionary.d_model, dictionary.n_latents, coefficient),
+        entries=math.ceil(dictionary.entries_per_row * module.recipe.l0_start_for(dictionary)),
+        revived=revived_per_row(dictionary.d_model, dictionary.n_latents) if "auxk" in ways else 0,
         weights=sum(weights),
         largest=max(weights),
         buffers=sum(b.numel() for b in dictionary.buffers()),
         precision=str(trainer.precision),
         row_element=cache.row_dtype.itemsize,
         holds_gradients=gpus > 1 or trainer.accumulate_grad_batches > 1,
-        shares=dictionary.n_latents + RIDERS_BESIDE_LATENTS,
+        shares=dictionary.n_latents + RIDERS_BESIDE_LATENTS + len(dictionary.news),
+        turns="minfire" in ways,
+        mask=isinstance(dictionary, Penalised),
+        levels=len(dictionary.widths) if isinstance(dictionary, MatryoshkaBatchTopK) else 1,
+        averages=module.pace.ema_decay is not None,
         nmf=any(isinstance(callback, NMFBaseline) for callback in trainer.callbacks),  # pyright: ignore
     )
 
 
-def _work(trainer: lightning.Trainer, cache: CachePlan, step: Step, steps: int, tokens: int) -> Work:
-    train, auxk = training_flops(step.d_model, step.n_latents, step.entries, step.revived)
+def _work(
+    trainer: lightning.Trainer, cache: CachePlan, each: Sequence[Step], steps: int, tokens: int
+) -> Work:
+    flops = [training_flops(step.d_model, step.n_latents, step.entries, step.revived) for step in each]
+    train, auxk = sum(of_one for of_one, _ in flops), sum(revival for _, revival in flops)
     model = cache.model
     precisions = {"bf16-mixed": torch.bfloat16, "64-true": torch.float64}
     return Work(
@@ -252,7 +275,7 @@ def _work(trainer: lightning.Trainer, cache: CachePlan, step: Step, steps: int, 
         harvest_dtype=model.dtype if model else torch.float32,
         train=float(train * tokens),
         auxk=float(auxk * tokens),
-        train_dtype=precisions.get(step.precision, torch.float32),
+        train_dtype=precisions.get(each[0].precision, torch.float32),
         batches=steps * trainer.accumulate_grad_batches,
     )
 

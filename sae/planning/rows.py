@@ -55,6 +55,9 @@ def plan_cache(data: ActivationDataModule) -> CachePlan:
     """
     place, source = place_at(data.location), data.source
     manifest = read_manifest(place) if has_manifest(place) else {}
+    if data.world is not None and not manifest:
+        data.prepare_data()  # seconds, and needs nothing
+        manifest = read_manifest(place)
     if source is None or (manifest.get("finished") and is_whole(place, manifest)):
         if not manifest:
             open_or_harvest(place, None)  # raises: there is nothing to make it from

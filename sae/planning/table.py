@@ -20,8 +20,11 @@ def _title(plan: RunPlan) -> str:
     step = plan.step
     where = "this machine's processor" if plan.on_processor else f"{plan.gpus} GPU{'s' * (plan.gpus > 1)}"
     rows = f"{step.rows:,} rows a step" + (f" on each of {plan.gpus}" if plan.gpus > 1 else "")
-    kind = f"{type(plan.dictionary).__name__}({plan.dictionary.extra_repr()})"
-    return f"{kind} on {where}: {rows}, {step.precision}"
+    kinds = [f"{type(d).__name__}({d.extra_repr()})" for d in plan.dictionaries.values()]
+    if len(kinds) == 1:
+        return f"{kinds[0]} on {where}: {rows}, {step.precision}"
+    lines = [f"  {name:<18}{kind}" for name, kind in zip(plan.dictionaries, kinds, strict=True)]
+    return "\n".join([f"{len(kinds)} dictionaries on {where}: {rows}, {step.precision}", *lines])
 
 
 def _memory(plan: RunPlan) -> list[str]:
@@ -31,7 +34,11 @@ def _memory(plan: RunPlan) -> list[str]:
     else:
         of = "that this machine has" if plan.on_processor else "of each GPU"
         bound = f"of the {format_bytes(limit)} {of}; the runtime takes about 1 GB more"
-    auxk = ", all latents being dead" if plan.step.revived and "pass" in memory.peak_at else ""
+    auxk = (
+        ", all latents being dead"
+        if any(step.revived for step in plan.each) and "pass" in memory.peak_at
+        else ""
+    )
     lines = [
         "memory per GPU" if not plan.on_processor else "memory",
         _line("parameters", memory.parameters),

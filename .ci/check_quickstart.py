@@ -21,7 +21,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 import sae
 from sae.ops.moments import StreamingMoments
-from sae.runs import open_run, summary
+from sae.runs import open_run
+from sae.summary import summary
 
 ROWS = 6_000  # for scikit-learn's NMF, which holds everything in memory
 COMPONENTS = 32

@@ -180,11 +180,9 @@ def test_comment_opens_with_what_it_is_and_says_how_to_go_without_network(name):
 
 
 def test_learning_rate_of_pythia_is_that_of_the_published_run():
-    from sae.training.schedules import learning_rate_for_width
-
     values = _values("pythia-70m")
-    assert values["model"].get("lr") is None
-    assert learning_rate_for_width(values["model"]["dictionary"]["init_args"]["n_latents"]) == 4e-4
+    n_latents = values["model"]["dictionary"]["init_args"]["n_latents"]
+    assert values["model"]["lr"] == 2e-4 * (2**14 / n_latents) ** 0.5
     planned = values["trainer"]["max_steps"] * values["data"]["batch_size"]
     assert planned == 1220 * 8192 < values["model"]["dead_after_tokens"]  # AuxK never starts
 
@@ -232,3 +230,36 @@ def test_a_text_that_is_missing_is_found_before_the_model_is_loaded(tiny_source,
 def test_all_are_found_by_bare_name():
     for name in REAL:
         assert SaeCLI(["--config", name]).trainer.max_steps == _values(name)["trainer"]["max_steps"]
+
+
+def test_the_synthetic_world_runs_end_to_end(tmp_path, monkeypatch):
+    from sae.activations.synthetic import cached_truth
+
+    monkeypatch.chdir(tmp_path)
+    main([
+        f"--config={ROOT / 'configs' / 'synthetic.yaml'}",
+        "--data.world.name=tiny", "--data.world.n_rows=6000",
+        "--data.batch_size=64", "--model.dictionary.init_args.n_latents=32",
+        "--model.dictionary.init_args.target_l0=3", "--trainer.max_steps=20",
+        "--trainer.val_check_interval=10",
+        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+    ])  # fmt: skip
+    values = _values("synthetic")
+    metrics = json.loads((tmp_path / values["trainer"]["default_root_dir"] / "metrics.json").read_text())
+    assert metrics["finished"] and metrics["tokens_seen"] == 20 * 64 and metrics["ce_clean"] is None
+    assert 0 < metrics["truth"]["f1"] < 1 and "truth" in metrics["baselines"]["pca"]
+    assert sae.load(tmp_path / values["trainer"]["default_root_dir"]).d_model == 64
+    assert cached_truth(tmp_path / values["data"]["cache"]).n_rows == 6000
+
+
+def test_the_synthetic_comment_says_what_the_world_is():
+    from sae.activations.synthetic import World, WorldSource
+
+    values, text = _values("synthetic"), _text("synthetic")
+    world = World(WorldSource(**values["data"]["world"]).config())
+    init = values["model"]["dictionary"]["init_args"]
+    assert init == {"n_latents": world.config.n_features, "target_l0": round(world.mean_l0)}
+    assert (
+        f"{world.config.n_features:,} in {world.config.d_model} dimensions, {init['target_l0']} of them"
+        in text
+    )

@@ -170,6 +170,7 @@ def test_fresh_leaves_a_folder_that_holds_no_run_alone(config, tmp_path):
     assert (tmp_path / "run" / "report" / "thesis.tex").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_finished_run_prints_its_table_even_when_its_cache_is_gone(config, tmp_path, tiny_source, capsys):
     arguments = ["--config", str(config), f"--data.cache={tmp_path / 'own'}"]
     main(arguments)
@@ -255,6 +256,7 @@ def test_training_from_imported_rows_needs_no_language_model(config, tmp_path, c
     assert "no language model is named for them" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weights_do_not_depend_on_what_was_drawn_before_training(config, tmp_path, monkeypatch):
     main(["--config", str(config)])
     expected = _weights(tmp_path)
@@ -271,6 +273,7 @@ def test_run_without_a_validation_before_its_end_still_finishes(config, tmp_path
     assert _metrics(tmp_path)["finished"] and _metrics(tmp_path)["steps"] == 120
 
 
+@pytest.mark.slow
 def test_finished_run_continues_to_a_larger_number_of_steps(config, tmp_path):
     main(["--config", str(config)])
     main(["--config", str(config), "--trainer.max_steps=60"])

@@ -66,6 +66,7 @@ def test_interrupted_and_run_again_leaves_the_same_however_it_trains(cache, tmp_
     assert differing(unbroken, left_by(tmp_path / "cut" / "run")) == []
 
 
+@pytest.mark.slow
 def test_random_numbers_continue_where_they_were(cache, tmp_path, monkeypatch):
     """Of a kind that draws some in each step; none of ours does yet."""
     real = SparseAutoencoderModule.training_step

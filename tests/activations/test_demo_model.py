@@ -21,6 +21,7 @@ def _nats(demo, ids):
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
+@pytest.mark.slow
 def test_demo_model_predicts_held_out_documents_from_their_context(demo):
     texts = [document.text[:1200] for document in islice(demo_documents("demo"), 40)]
     encoded = demo.tokenizer(texts, verbose=False)["input_ids"]

@@ -19,7 +19,7 @@ from train import main
 def run(tmp_path_factory):
     """Of two dictionaries, with PCA, on the tiny world."""
     folder = tmp_path_factory.mktemp("truth")
-    cache = write_world(World(preset("tiny")), folder / "cache", n_rows=6000, held_out=0.2).location
+    cache = write_world(World(preset("tiny")), folder / "cache", n_rows=6000, held_out=0.1).location
     values = {
         "seed_everything": 0,
         "data": {"cache": str(cache), "batch_size": 256},

@@ -95,6 +95,7 @@ def test_same_seed_same_weights_and_another_seed_other_weights(world_cache, tmp_
     assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
+@pytest.mark.slow
 def test_dead_latents_come_back_through_auxk_and_not_without_it(world_cache, tmp_path):
     class KillHalf(lightning.Callback):
         def on_fit_start(self, trainer, module):

@@ -94,6 +94,10 @@ class BatchTopK(LinearEncoder):
         selected = self.with_gradients(v, selected)
         return TrainingCode(selected._replace(values=selected.values.relu()), pre_acts, v, news=news)
 
+    def dead_pre_acts(self, code: TrainingCode, dead: Int[Tensor, " dead"]) -> Float[Tensor, "rows dead"]:
+        """Their pre-activations less the threshold."""
+        return super().dead_pre_acts(code, dead) - self.fires_above.to(code.inputs.dtype)
+
     def hear(self, news: Mapping[str, Tensor]) -> None:
         """Moves the threshold towards the smallest value that fired; stays where nothing did.
 

@@ -69,6 +69,11 @@ class TopK(LinearEncoder):
         selected = self.with_gradients(v, selected)
         return TrainingCode(selected._replace(values=selected.values.relu()), pre_acts, v)
 
+    def dead_pre_acts(self, code: TrainingCode, dead: Int[Tensor, " dead"]) -> Float[Tensor, "rows dead"]:
+        """Their pre-activations less the smallest that fires in the row, and that by more than rounding."""
+        needed = code.latents.values.detach().view(len(code.inputs), -1).amin(1, keepdim=True)
+        return super().dead_pre_acts(code, dead) - 0.999 * needed
+
     def encode_normalised(self, u: Float[Tensor, "rows d_model"]) -> SparseLatents:
         """The k largest, rectified."""
         selected = top_k(self.pre_acts(self.encoder_input(u)), self.k)

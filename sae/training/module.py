@@ -53,7 +53,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
         decay_share: float = 0.2,
         revival: list[Way] | None = None,
         auxk_coefficient: float = 1 / 32,
-        pre_act_coefficient: float = 3e-6,
+        pre_act_coefficient: float = 0.01,
         resample_every: int | None = None,
         dead_after_tokens: int | None = None,
         l0_start: float | None = None,

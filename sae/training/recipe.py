@@ -16,7 +16,7 @@ class Recipe:
 
     revival: tuple[Way, ...] | None = None
     auxk_coefficient: float = 1 / 32
-    pre_act_coefficient: float = 3e-6
+    pre_act_coefficient: float = 0.01
     resample_every: int | None = None
     """Optimiser steps; None = a two-hundredth of the run, at most 2,500."""
     dead_after_tokens: int | None = None

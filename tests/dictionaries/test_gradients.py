@@ -111,7 +111,14 @@ def _dense_loss(d, u, dead, ways, energy):
         missed = (u - u_hats[-1]).detach() - code @ d.W_dec[dead]
         loss = loss + mean_square(missed) / energy / 32
     if "pre_act" in ways:
-        lack = (d.threshold[dead] if kind == "JumpReLU" else 0.0) - of_dead
+        needed = torch.zeros(()).double()
+        if kind == "JumpReLU":
+            needed = d.threshold[dead]
+        elif kind == "TopK":
+            needed = 0.999 * z.topk(d.k, 1).values.relu().amin(1, keepdim=True).detach()
+        elif "BatchTopK" in kind:
+            needed = d.fires_above
+        lack = needed - of_dead
         loss = loss + 0.5 * lack.relu().sum() / len(u)
     return loss
 

@@ -122,13 +122,18 @@ def _distance(a, b):
 def _curves(run):
     """tag -> [(step, value)], in the order of the files: what is there twice is seen twice."""
     points = {}
-    for path in sorted((run / "tensorboard").glob("events*")):
-        if path.name.endswith(".hparams"):
-            continue
+    files = [p for p in (run / "tensorboard").glob("events*") if not p.name.endswith(".hparams")]
+    for path in sorted(files, key=_when_begun):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 points.setdefault(value.tag, []).append([event.step, *value.tensor.float_val])
     return points
+
+
+def _when_begun(events):
+    """By a file's second and, within one second, its number in the process: 10 comes after 9."""
+    parts = events.name.split(".")  # events.out.tfevents.<second>.<host>.<process>.<number>
+    return int(parts[3]), int(parts[-1])
 
 
 def _flat(value, name):

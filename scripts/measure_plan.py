@@ -11,18 +11,17 @@ profiler's record of every one (the memory of the process would count pages that
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import lightning
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from sae.benchmarks.peak import peak_bytes
 from sae.cli import SaeCLI
 from sae.exits import exit_on_input_error
 from sae.files import format_bytes
@@ -114,25 +113,6 @@ def measure(module: SparseAutoencoderModule, step: Step, dtype: torch.dtype, **t
         warnings.simplefilter("ignore")  # Lightning would have more workers than none
         fit = lambda: runner.fit(module, datamodule=RandomRows(step, dtype))  # noqa: E731
         return peak_bytes(fit, runner.strategy.root_device)
-
-
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes of tensors alive at once on a device while `run` runs, beyond those before it."""
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ FLOORS = {
     "errors": 0, "files": 0, "signals": 0, "ops": 0, "checkpoints": 1, "dictionaries": 1, "activations": 1,
     "baselines": 2, "training": 2, "inspection": 2, "interop": 2, "studies": 3.5, "launch": 2, "callbacks": 3,
     "trust": 3, "run_lock": 3, "status": 4,
-    "exits": 4, "cli": 4, "runs": 4, "planning": 4, "reporting": 5, "summary": 5,
+    "exits": 4, "cli": 4, "runs": 4, "planning": 4, "benchmarks": 4, "reporting": 5, "summary": 5,
 }  # fmt: skip
 SIDEWAYS = {("ops", "errors")}
 

@@ -22,9 +22,6 @@ class TrainingCode(NamedTuple):
 
     latents: SparseLatents
     """What the decoder gets; gradients reach the encoder through its values. Zeros do not fire."""
-    pre_acts: Float[Tensor, "rows n_latents"] | None
-    """All pre-activations, without gradients: what else a loss may want to select from. None for a kind
-    without an encoder."""
     inputs: Float[Tensor, "rows d_model"]
     """What the encoder was given: u, or u whitened."""
     penalised: Float[Tensor, " entries"] | None = None

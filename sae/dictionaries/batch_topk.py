@@ -15,7 +15,7 @@ from sae.dictionaries.linear_encoder import LinearEncoder
 from sae.dictionaries.topk import checked_k
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
-from sae.ops.selection import above, prefer, strongest_rows, top_of_batch
+from sae.ops.selection import above, top_of_batch
 from sae.ops.sparse import SparseLatents
 
 
@@ -81,18 +81,14 @@ class BatchTopK(LinearEncoder):
         """The largest of the batch; latents whose turn it is fire once each within the same budget."""
         v = self.encoder_input(u)
         count = int(self.k * self.l0_factor * (len(u) * group.world))
-        with torch.no_grad():
-            pre_acts = self.pre_acts(v)
-            if turn is None:
-                selected = ordinary = top_of_batch(pre_acts, count, group)
-            else:
-                scores = prefer(pre_acts, *strongest_rows(pre_acts, turn, group))
-                chosen = top_of_batch(scores, count, group)
-                selected = chosen.with_values_of(pre_acts)
-                ordinary = selected._replace(values=selected.values.masked_fill(chosen.values.isinf(), 0.0))
-            news = _smallest(ordinary.values, group)
+        forced = self.forced(v, turn, group)
+        selected = top_of_batch(self.blocks(v), count, group, forced)
+        ordinary = selected.values
+        if forced is not None:
+            ordinary = ordinary.masked_fill(forced.among(selected, self.n_latents), 0.0)
+        news = _smallest(ordinary, group)
         selected = self.with_gradients(v, selected)
-        return TrainingCode(selected._replace(values=selected.values.relu()), pre_acts, v, news=news)
+        return TrainingCode(selected._replace(values=selected.values.relu()), v, news=news)
 
     def dead_pre_acts(self, code: TrainingCode, dead: Int[Tensor, " dead"]) -> Float[Tensor, "rows dead"]:
         """Their pre-activations less the threshold."""
@@ -119,7 +115,7 @@ class BatchTopK(LinearEncoder):
 
     def encode_normalised(self, u: Float[Tensor, "rows d_model"]) -> SparseLatents:
         """What lies above the threshold."""
-        return above(self.pre_acts(self.encoder_input(u)), self.fires_above)
+        return self.select(self.encoder_input(u), lambda rows, _: above(rows, self.fires_above))
 
     @torch.no_grad()
     def as_jumprelu(self) -> JumpReLU:

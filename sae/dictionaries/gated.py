@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sae.dictionaries.autoencoder import TrainingCode
 from sae.dictionaries.penalised import Penalised
 from sae.ops.group import ALONE, Group
-from sae.ops.selection import above, strongest_rows, where
+from sae.ops.selection import above
 from sae.ops.sparse import SparseLatents, sparse_decode
 
 
@@ -52,18 +52,12 @@ class Gated(Penalised):
     ) -> TrainingCode:
         """Those whose gate is open; a latent whose turn it is gets its gate opened where it is strongest."""
         v = self.encoder_input(u)
-        with torch.no_grad():
-            pre_acts = self.pre_acts(v)
-            open_ = pre_acts > 0
-            if turn is not None:
-                open_ = open_.index_put(
-                    strongest_rows(pre_acts - self.b_enc, turn, group), open_.new_tensor(True)
-                )
-            selected = where(pre_acts, open_)
-        gates = self.with_gradients(v, selected)
+        zero = torch.zeros((), device=u.device)
+        forced = self.forced(v, turn, group, biased=False)
+        gates = self.select(v, lambda rows, first: above(rows, zero, first), forced)
         latents = gates._replace(values=self._magnitudes(gates))
         news = self._l0_of(latents.values > 0, len(u))
-        return TrainingCode(latents, pre_acts, v, gates.values.relu(), news)
+        return TrainingCode(latents, v, gates.values.relu(), news)
 
     def _magnitudes(self, gates: SparseLatents) -> Tensor:
         at = gates.indices
@@ -83,8 +77,9 @@ class Gated(Penalised):
 
     def encode_normalised(self, u: Float[Tensor, "rows d_model"]) -> SparseLatents:
         """The magnitudes where the gate is open."""
-        gates = above(self.pre_acts(self.encoder_input(u)), torch.zeros((), device=u.device))
-        return gates._replace(values=self._magnitudes(gates._replace(values=gates.values.to(u.dtype))))
+        zero = torch.zeros((), device=u.device)
+        gates = self.select(self.encoder_input(u), lambda rows, _: above(rows, zero))
+        return gates._replace(values=self._magnitudes(gates))
 
     @torch.no_grad()
     def set_latents(self, ids: Int[Tensor, " some"], directions: Float[Tensor, "some d_model"]) -> None:

@@ -13,7 +13,7 @@ from sae.dictionaries.autoencoder import TrainingCode
 from sae.dictionaries.penalised import Penalised, check_coefficient
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
-from sae.ops.selection import above, strongest_rows, where
+from sae.ops.selection import above
 from sae.ops.sparse import SparseLatents
 
 
@@ -91,19 +91,12 @@ class JumpReLU(Penalised):
     ) -> TrainingCode:
         """Those above their thresholds, and those just below, which have a gradient but the value 0."""
         v = self.encoder_input(u)
-        with torch.no_grad():
-            pre_acts = self.pre_acts(v)
-            near = pre_acts > self.threshold - self.bandwidth / 2
-            forced = None
-            if turn is not None:
-                forced = torch.zeros_like(near)
-                forced[strongest_rows(pre_acts, turn, group)] = True
-                near = near | forced
-            selected = where(pre_acts, near)
-        entries = self.with_gradients(v, selected)
+        near = self.threshold.detach() - self.bandwidth / 2
+        forced = self.forced(v, turn, group)
+        entries = self.select(v, lambda rows, first: above(rows, near, first), forced)
         step = self._step(entries)
         if forced is not None:
-            step = step.masked_fill(forced[entries.rows, entries.indices], 1.0)
+            step = step.masked_fill(forced.among(entries, self.n_latents), 1.0)
         # The step's ramp has the height of the threshold: d latents / d threshold = -threshold / bandwidth.
         height = self.threshold.detach()[entries.indices]
         ramp = step - step.detach()
@@ -112,7 +105,7 @@ class JumpReLU(Penalised):
         if self.penalises == "tanh":
             penalised = (4.0 * entries.values).tanh() * step.detach() + (4.0 * height).tanh() * ramp
         news = self._l0_of(step, len(u))
-        return TrainingCode(entries._replace(values=values), pre_acts, v, penalised, news)
+        return TrainingCode(entries._replace(values=values), v, penalised, news)
 
     def _step(self, entries: SparseLatents) -> Tensor:
         """1 where an entry is above its threshold, else 0; with the gradient of the ramp."""
@@ -134,7 +127,7 @@ class JumpReLU(Penalised):
 
     def encode_normalised(self, u: Float[Tensor, "rows d_model"]) -> SparseLatents:
         """What lies above the thresholds."""
-        return above(self.pre_acts(self.encoder_input(u)), self.threshold)
+        return self.select(self.encoder_input(u), lambda rows, _: above(rows, self.threshold.detach()))
 
     def dead_pre_acts(self, code: TrainingCode, dead: Int[Tensor, " dead"]) -> Float[Tensor, "rows dead"]:
         """Their pre-activations less their thresholds."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sae.dictionaries.autoencoder import SparseAutoencoder, TrainingCode
-from sae.ops.selection import top_k
-from sae.ops.sparse import SparseLatents, sparse_pre_acts
+from sae.ops.encoder import Block, pre_act_blocks
+from sae.ops.group import Group
+from sae.ops.selection import Forced, strongest_rows, top_k
+from sae.ops.sparse import SparseLatents, joined, sparse_pre_acts
 
 
 class LinearEncoder(SparseAutoencoder):
@@ -60,26 +62,71 @@ class LinearEncoder(SparseAutoencoder):
         """The residual as the loss measures it."""
         return self.encoder_input(residual)
 
-    def pre_acts(self, v: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows n_latents"]:
-        """v @ W_enc + b_enc."""
-        return F.linear(v, self.W_enc_rows, self.b_enc)
+    def pre_acts(
+        self, v: Float[Tensor, "rows d_model"], of: Int[Tensor, " some"] | slice = slice(None)
+    ) -> Float[Tensor, "rows some"]:
+        """v @ W_enc + b_enc of some latents, or all; with gradients, and memory for every number."""
+        return F.linear(v, self.W_enc_rows[of], self.b_enc[of])
+
+    def select(
+        self,
+        v: Float[Tensor, "rows d_model"],
+        choose: Callable[[Tensor, tuple[Tensor, Tensor] | None], SparseLatents],
+        forced: Forced | None = None,
+    ) -> SparseLatents:
+        """What `choose` takes of every block of pre-activations, with its gradients to W_enc, b_enc and v.
+
+        Args:
+            v: the encoder's input.
+            choose: gets the pre-activations of some rows, and which entries of them are forced.
+            forced: entries of all rows that are to be taken.
+        """
+        parts = []
+        for block in self.blocks(v):
+            parts.append(choose(block.pre_acts, None if forced is None else forced.within(block)))
+        return self.with_gradients(v, joined(parts))
+
+    def blocks(self, v: Float[Tensor, "rows d_model"]) -> Iterator[Block]:
+        """Pre-activations of some rows after those of others."""
+        return pre_act_blocks(v, self.W_enc_rows, self.b_enc)
+
+    def forced(
+        self,
+        v: Float[Tensor, "rows d_model"],
+        turn: Int[Tensor, " some"] | None,
+        group: Group,
+        biased: bool = True,
+    ) -> Forced | None:
+        """Each latent whose turn it is, in the row of all ranks' where it is strongest and above zero.
+
+        Args:
+            v: the encoder's input.
+            turn: the latents; None = nobody's.
+            group: ranks that share the batch.
+            biased: whether b_enc counts.
+        """
+        if turn is None:
+            return None
+        with torch.no_grad():
+            bias = self.b_enc[turn] if biased else None
+            return strongest_rows(F.linear(v, self.W_enc_rows[turn], bias), turn, group)
 
     def with_gradients(self, v: Tensor, selected: SparseLatents) -> SparseLatents:
-        """Selected pre-activations with their gradients to W_enc and b_enc."""
+        """Selected pre-activations with their gradients to W_enc, b_enc and v."""
         return sparse_pre_acts(v, self.W_enc_rows, self.b_enc, selected)
 
     def revived_code(
         self, code: TrainingCode, residual: Float[Tensor, "rows d_model"], dead: Int[Tensor, " dead"], k: int
     ) -> SparseLatents:
         """The k largest pre-activations among the dead, rectified."""
-        assert code.pre_acts is not None
-        strongest = top_k(code.pre_acts[:, dead], k)
+        with torch.no_grad():
+            strongest = top_k(self.pre_acts(code.inputs, dead), k)
         strongest = self.with_gradients(code.inputs, strongest._replace(indices=dead[strongest.indices]))
         return strongest._replace(values=strongest.values.relu())
 
     def dead_pre_acts(self, code: TrainingCode, dead: Int[Tensor, " dead"]) -> Float[Tensor, "rows dead"]:
         """Their pre-activations."""
-        return F.linear(code.inputs, self.W_enc_rows[dead], self.b_enc[dead])
+        return self.pre_acts(code.inputs, dead)
 
     @torch.no_grad()
     def set_latents(self, ids: Int[Tensor, " some"], directions: Float[Tensor, "some d_model"]) -> None:

@@ -77,11 +77,11 @@ class MatchingPursuit(SparseAutoencoder):
         """The pursuit's code; a latent whose turn it is comes first in the row that fits it best."""
         first = None
         if turn is not None:
-            rows, latents = strongest_rows((u - self.b_dec) @ self.W_dec.T, turn, group)
+            forced = strongest_rows((u - self.b_dec) @ self.W_dec[turn].T, turn, group)
             first = torch.full((len(u),), -1, dtype=torch.int64, device=u.device)
-            first[rows] = latents
+            first[forced.rows] = forced.latents
         k = min(self.n_latents, max(1, round(self.k * self.l0_factor)))
-        return TrainingCode(self._pursue(u, k, first), None, u)
+        return TrainingCode(self._pursue(u, k, first), u)
 
     def revived_code(
         self, code: TrainingCode, residual: Float[Tensor, "rows d_model"], dead: Int[Tensor, " dead"], k: int

@@ -11,7 +11,7 @@ from torch import Tensor
 from sae.dictionaries.autoencoder import TrainingCode
 from sae.dictionaries.penalised import Penalised
 from sae.ops.group import ALONE, Group
-from sae.ops.selection import above, strongest_rows, where
+from sae.ops.selection import above
 from sae.ops.sparse import SparseLatents
 
 
@@ -58,21 +58,15 @@ class ReLU(Penalised):
     ) -> TrainingCode:
         """All positive ones. A latent whose turn it is fires without its bias, where it is strongest."""
         v = self.encoder_input(u)
-        with torch.no_grad():
-            pre_acts = self.pre_acts(v)
-            fires = pre_acts > 0
-            if turn is not None:
-                forced = torch.zeros_like(fires)
-                forced[strongest_rows(pre_acts - self.b_enc, turn, group)] = True
-                fires = fires | forced
-            selected = where(pre_acts, fires)
-        selected = self.with_gradients(v, selected)
+        zero = torch.zeros((), device=u.device)
+        forced = self.forced(v, turn, group, biased=False)
+        selected = self.select(v, lambda rows, first: above(rows, zero, first), forced)
         values = selected.values
         if turn is not None:
             values = torch.where(values > 0, values, values - self.b_enc[selected.indices])
         values = values.relu()
         news = self._l0_of(values > 0, len(u))
-        return TrainingCode(selected._replace(values=values), pre_acts, v, values, news)
+        return TrainingCode(selected._replace(values=values), v, values, news)
 
     def penalty(self, code: TrainingCode) -> Float[Tensor, ""]:
         """The sum of a row's latents, mean over rows."""
@@ -81,7 +75,8 @@ class ReLU(Penalised):
 
     def encode_normalised(self, u: Float[Tensor, "rows d_model"]) -> SparseLatents:
         """What is positive."""
-        return above(self.pre_acts(self.encoder_input(u)), torch.zeros((), device=u.device))
+        zero = torch.zeros((), device=u.device)
+        return self.select(self.encoder_input(u), lambda rows, _: above(rows, zero))
 
     def _fire_above(self, levels: Float[Tensor, " n_latents"]) -> None:
         self.b_enc.copy_(-levels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from sae.dictionaries.autoencoder import TrainingCode
 from sae.dictionaries.linear_encoder import LinearEncoder
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
-from sae.ops.selection import prefer, strongest_rows, top_k
+from sae.ops.selection import top_k
 from sae.ops.sparse import SparseLatents
 
 
@@ -59,15 +58,8 @@ class TopK(LinearEncoder):
         """The k largest of every row; a latent whose turn it is goes first in the row it likes best."""
         v = self.encoder_input(u)
         k = min(self.n_latents, max(1, round(self.k * self.l0_factor)))
-        with torch.no_grad():
-            pre_acts = self.pre_acts(v)
-            if turn is None:
-                selected = top_k(pre_acts, k)
-            else:
-                selected = top_k(prefer(pre_acts, *strongest_rows(pre_acts, turn, group)), k)
-                selected = selected.with_values_of(pre_acts)
-        selected = self.with_gradients(v, selected)
-        return TrainingCode(selected._replace(values=selected.values.relu()), pre_acts, v)
+        selected = self.select(v, lambda rows, first: top_k(rows, k, first), self.forced(v, turn, group))
+        return TrainingCode(selected._replace(values=selected.values.relu()), v)
 
     def dead_pre_acts(self, code: TrainingCode, dead: Int[Tensor, " dead"]) -> Float[Tensor, "rows dead"]:
         """Their pre-activations less the smallest that fires in the row, and that by more than rounding."""
@@ -76,7 +68,7 @@ class TopK(LinearEncoder):
 
     def encode_normalised(self, u: Float[Tensor, "rows d_model"]) -> SparseLatents:
         """The k largest, rectified."""
-        selected = top_k(self.pre_acts(self.encoder_input(u)), self.k)
+        selected = self.select(self.encoder_input(u), lambda rows, _: top_k(rows, self.k))
         return selected._replace(values=selected.values.relu())
 
     def _take_own(self, tensors: Mapping[str, Tensor], norms: Tensor) -> None:

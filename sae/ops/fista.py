@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.ops.slots import rows_at_once, working_copy
-from sae.ops.sparse import SparseLatents, from_dense
+from sae.ops.sparse import SparseLatents, from_dense, joined
 
 # Steps between two looks at the stopping rule; on an accelerator every look waits for the device.
 _CHECK_EVERY = 10
@@ -61,7 +61,7 @@ def fista(
         if refit:
             codes = _solve(rows, exact, 0.0, curvature, codes, codes > 0, steps, tolerance)
         parts.append(from_dense(codes.to(atoms.dtype)))
-    return _joined(parts)
+    return joined(parts)
 
 
 def fista_penalty_for_l0(
@@ -157,11 +157,3 @@ def _curvature_bound(atoms: Tensor) -> float:
         matrix = matrix / norm
         matrix, power = matrix @ matrix, 2 * power
     return float(torch.tensor(bound).exp())
-
-
-def _joined(parts: list[SparseLatents]) -> SparseLatents:
-    """The codes of chunk after chunk of rows as one."""
-    lengths = torch.cat([part.row_offsets.diff() for part in parts])
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    values, indices = (torch.cat(side) for side in zip(*((p.values, p.indices) for p in parts), strict=True))
-    return SparseLatents(values, indices, offsets)

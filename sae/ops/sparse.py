@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-with warnings.catch_warnings():
-    # torch says once per process that CSR is in beta: let it say so here, unheard. The products used
-    # below are tested against dense ones.
-    warnings.simplefilter("ignore")
-    torch.eye(1).to_sparse_csr()
+from sae.ops.bags import products, sum_rows
+
+
+class ByLatent(NamedTuple):
+    """The entries of a code in the order of their latents, rows ascending in each."""
+
+    order: Int[Tensor, " active"]
+    """The places of the entries."""
+    offsets: Int[Tensor, " latents_and_end"]
+    """Latent i owns `order[offsets[i]:offsets[i + 1]]`."""
 
 
 class SparseLatents(NamedTuple):
@@ -27,6 +32,8 @@ class SparseLatents(NamedTuple):
     """Which latent each value belongs to; no latent twice in a row."""
     row_offsets: Int[Tensor, " rows_and_end"]
     """Row r owns the entries `row_offsets[r]` to `row_offsets[r + 1]`."""
+    by_latent: ByLatent | None = None
+    """Of these indices, where somebody has sorted them already: the gradients of both weights want it."""
 
     @property
     def n_rows(self) -> int:
@@ -41,6 +48,10 @@ class SparseLatents(NamedTuple):
             lengths, output_size=len(self.indices)
         )
 
+    def to(self, device: torch.device) -> SparseLatents:
+        """The same on a device."""
+        return SparseLatents(self.values.to(device), self.indices.to(device), self.row_offsets.to(device))
+
     def without_zeros(self) -> SparseLatents:
         """The same code without entries whose value is zero (a latent fires where it is not)."""
         kept = self.values != 0
@@ -53,14 +64,19 @@ class SparseLatents(NamedTuple):
         lengths[present] = self.row_offsets.diff()
         return self._replace(row_offsets=F.pad(lengths.cumsum(0), (1, 0)))
 
-    def with_values_of(self, matrix: Float[Tensor, "rows n_latents"]) -> SparseLatents:
-        """The same entries with the values that a matrix has there."""
-        return self._replace(values=matrix[self.rows, self.indices])
-
     def to_dense(self, n_latents: int) -> Float[Tensor, "rows n_latents"]:
         """The code as a matrix."""
         dense = self.values.new_zeros(self.n_rows, n_latents)
         return dense.index_put((self.rows, self.indices), self.values)
+
+
+def joined(parts: Sequence[SparseLatents]) -> SparseLatents:
+    """The codes of some rows, of those that follow them, and so on, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = torch.cat([part.row_offsets.diff() for part in parts])
+    values, indices = (torch.cat(side) for side in zip(*((p.values, p.indices) for p in parts), strict=True))
+    return SparseLatents(values, indices, F.pad(lengths.cumsum(0), (1, 0)))
 
 
 def from_dense(latents: Float[Tensor, "rows n_latents"]) -> SparseLatents:
@@ -76,13 +92,13 @@ def sparse_pre_acts(
     b_enc: Float[Tensor, " n_latents"],
     code: SparseLatents,
 ) -> SparseLatents:
-    """Gives the selected pre-activations x · W_enc[i] + b_enc[i] their gradients to W_enc and b_enc.
+    """Gives the selected pre-activations x · W_enc[i] + b_enc[i] their gradients to W_enc, b_enc and x.
 
     The values in `code` come from the dense product that the selection needed anyway, so nothing is
-    computed again; the gradients are sums over the selected entries only. x gets no gradient.
+    computed again; the gradients are sums over the selected entries only.
     """
-    values = _SelectedPreActs.apply(code.values, W_enc, b_enc, x, code)
-    return code._replace(values=values)
+    code = code._replace(by_latent=sorted_by_latent(code.indices, len(W_enc)))
+    return code._replace(values=_SelectedPreActs.apply(code.values.detach(), W_enc, b_enc, x, code))
 
 
 def sparse_decode(
@@ -97,54 +113,61 @@ class _SelectedPreActs(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, W_enc: Tensor, b_enc: Tensor, x: Tensor, code: SparseLatents
     ) -> Tensor:
-        ctx.save_for_backward(x, code.indices, code.row_offsets)
-        ctx.n_latents = len(W_enc)
+        ctx.save_for_backward(x, W_enc)
+        ctx.code = code
         return values.to(W_enc.dtype, copy=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, indices, row_offsets = ctx.saved_tensors
-        transposed = _transposed(SparseLatents(grad, indices, row_offsets), ctx.n_latents)
-        ones = grad.new_ones(len(x), 1)
-        return None, transposed @ x.to(grad.dtype), (transposed @ ones).squeeze(1), None, None
+        x, W_enc = ctx.saved_tensors
+        code = ctx.code._replace(values=grad)
+        of_W_enc = of_b_enc = of_x = None
+        if ctx.needs_input_grad[1]:
+            of_W_enc = _sum_by_latent(code, x.to(grad.dtype), len(W_enc))
+        if ctx.needs_input_grad[2]:
+            of_b_enc = _sum_by_latent(code, None, len(W_enc)).squeeze(1)
+        if ctx.needs_input_grad[3]:
+            of_x = sum_rows(grad, code.indices, code.row_offsets, W_enc).to(x.dtype)
+        return None, of_W_enc, of_b_enc, of_x, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, code: SparseLatents) -> Tensor:
-        ctx.save_for_backward(values, W_dec, code.indices, code.row_offsets)
-        return F.embedding_bag(
-            code.indices, W_dec, code.row_offsets[:-1], mode="sum", per_sample_weights=values
-        )
+        ctx.save_for_backward(values, W_dec)
+        ctx.code = code._replace(values=values.detach())
+        return sum_rows(values, code.indices, code.row_offsets, W_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, W_dec, indices, row_offsets = ctx.saved_tensors
-        code = SparseLatents(values, indices, row_offsets)
+        values, W_dec = ctx.saved_tensors
+        code = ctx.code._replace(values=values)
         grad = grad.contiguous()
-        grad_values = _at_entries(grad, W_dec, code) if ctx.needs_input_grad[0] else None
-        grad_W_dec = _transposed(code, len(W_dec)) @ grad if ctx.needs_input_grad[1] else None
+        grad_values = grad_W_dec = None
+        if ctx.needs_input_grad[0]:
+            grad_values = products(code.rows, grad, code.indices, code.row_offsets, W_dec)
+        if ctx.needs_input_grad[1]:
+            grad_W_dec = _sum_by_latent(code, grad, len(W_dec))
         return grad_values, grad_W_dec, None
 
 
-def _at_entries(grad: Tensor, W_dec: Tensor, code: SparseLatents) -> Tensor:
-    """(grad @ W_dec.T) at the code's entries only, (active,)."""
-    zeros = torch.zeros_like(code.values)
-    pattern = _csr(code.row_offsets, code.indices, zeros, (len(grad), len(W_dec)))
-    return torch.sparse.sampled_addmm(pattern, grad, W_dec.T).values()
+def _sum_by_latent(code: SparseLatents, matrix: Tensor | None, n_latents: int) -> Tensor:
+    """latents.T @ matrix: for each latent the rows of the matrix where it fires, times its values there.
+
+    Without a matrix, one of a single column of ones.
+    """
+    order, offsets = sorted_by_latent(code.indices, n_latents) if code.by_latent is None else code.by_latent
+    if matrix is None:
+        matrix, rows = code.values.new_ones(1, 1), torch.zeros_like(order)
+    else:
+        rows = code.rows[order]
+    return sum_rows(code.values[order], rows, offsets, matrix)
 
 
-def _transposed(code: SparseLatents, n_latents: int) -> Tensor:
-    """The code as an (n_latents, rows) CSR matrix: entries sorted by latent, rows ascending in each."""
-    by_latent = code.indices.argsort(stable=True)
+def sorted_by_latent(indices: Int[Tensor, " active"], n_latents: int) -> ByLatent:
+    """The order of a code's entries by latent; stable, so the gradients' sums have one order."""
     # Not bincount: on a GPU that waits for the device to learn its own length.
-    counts = code.indices.new_zeros(n_latents).scatter_add_(0, code.indices, torch.ones_like(code.indices))
-    ends = F.pad(counts.cumsum(0), (1, 0))
-    return _csr(ends, code.rows[by_latent], code.values[by_latent], (n_latents, code.n_rows))
-
-
-def _csr(row_offsets: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
-    # Checking the invariants would cost as much as the product; they hold by construction.
-    return torch.sparse_csr_tensor(row_offsets, columns, values, size, check_invariants=False)
+    counts = indices.new_zeros(n_latents).scatter_add_(0, indices, torch.ones_like(indices))
+    return ByLatent(indices.to(torch.int32).argsort(stable=True), F.pad(counts.cumsum(0), (1, 0)))

@@ -31,7 +31,7 @@ def auxk_loss(
     Args:
         dictionary: gives the weights.
         residual: u - u_hat; detached here.
-        code: the batch's code with all its pre-activations.
+        code: the batch's code.
         dead: the dead latents, at least one.
         energy: mean of e^2 over rows and coordinates, of all ranks; the loss is in units of it.
 

@@ -5,8 +5,9 @@ import torch
 from support.kinds import make, rows
 from support.ranks import run_ranks
 
+from sae.ops.encoder import Block
 from sae.ops.group import ALONE, Group
-from sae.ops.selection import above, prefer, strongest_rows, top_k, top_of_batch
+from sae.ops.selection import above, strongest_rows, top_k, top_of_batch
 from sae.training.dead_latents import DeadLatents
 from sae.training.revival import resample, whose_turn
 
@@ -15,12 +16,20 @@ def _matrix(n_rows=12, n_latents=20, seed=0):
     return torch.randn(n_rows, n_latents, generator=torch.Generator().manual_seed(seed))
 
 
+def _blocks(matrix, at_once=5):
+    """The matrix as an encoder gives it out: in one piece of memory, that the next block takes."""
+    memory = torch.empty(at_once, matrix.shape[1], dtype=matrix.dtype)
+    for first in range(0, len(matrix), at_once):
+        rows = matrix[first : first + at_once]
+        yield Block(first, memory[: len(rows)].copy_(rows))
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (12, 20), (64, 7)])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.31, 1.0, 3.0])
 def test_top_of_batch_is_the_top_of_the_flattened_matrix(shape, share):
     matrix = _matrix(*shape)
     count = int(share * matrix.numel())
-    code = top_of_batch(matrix, count)
+    code = top_of_batch(_blocks(matrix), count)
     kept = torch.zeros(matrix.numel(), dtype=torch.bool)
     kept[matrix.flatten().argsort(descending=True)[:count]] = True
     assert torch.equal(code.to_dense(shape[1]), matrix * kept.view(shape))
@@ -28,13 +37,13 @@ def test_top_of_batch_is_the_top_of_the_flattened_matrix(shape, share):
 
 
 def test_entries_ascend_within_rows():
-    code = top_of_batch(_matrix(), 50)
+    code = top_of_batch(_blocks(_matrix()), 50)
     places = code.rows * 20 + code.indices
     assert torch.equal(places, places.sort().values)
 
 
 def test_of_equal_values_no_more_are_taken_than_asked_for():
-    code = top_of_batch(torch.tensor([[1.0, 2.0, 1.0], [1.0, 0.0, 1.0]]), 3)
+    code = top_of_batch(_blocks(torch.tensor([[1.0, 2.0, 1.0], [1.0, 0.0, 1.0]])), 3)
     assert sorted(code.values.tolist()) == [1.0, 1.0, 2.0]
 
 
@@ -54,9 +63,9 @@ def test_a_threshold_is_compared_in_its_own_precision():
 
 def test_the_strongest_row_of_each_latent_is_found_and_goes_first():
     matrix = torch.tensor([[0.1, -5.0, 2.0], [0.3, -1.0, 9.0]])
-    found = strongest_rows(matrix, torch.tensor([0, 1]))
-    assert [part.tolist() for part in found] == [[1], [0]]  # latent 1 is positive nowhere
-    code = top_of_batch(prefer(matrix, *found), 2).with_values_of(matrix)
+    found = strongest_rows(matrix[:, :2], torch.tensor([0, 1]))
+    assert [part.tolist() for part in found[:2]] == [[1], [0]]  # latent 1 is positive nowhere
+    code = top_of_batch(_blocks(matrix), 2, forced=found)
     torch.testing.assert_close(code.to_dense(3), torch.tensor([[0.0, 0.0, 0.0], [0.3, 0.0, 9.0]]))
 
 
@@ -69,7 +78,7 @@ def test_minfire_keeps_the_budget_and_lets_all_in_turn_fire(kind, k):
         turn = whose_turn(step, 100, dictionary.n_latents, 40.0 * k, u.device)
         code = dictionary.training_code(u, turn=turn)
         assert len(code.latents.values) == 40 * k
-        can = turn[(code.pre_acts[:, turn] > 0).any(0)]
+        can = turn[(dictionary.pre_acts(code.inputs, turn) > 0).any(0)]
         # Of one row TopK may be asked for more than k.
         if kind != "TopK":
             assert set(can.tolist()) <= set(code.latents.indices[code.latents.values > 0].tolist())
@@ -98,8 +107,8 @@ def _by_ranks(world):
     uneven = matrix.flatten().sort(descending=True).values.view_as(matrix)  # the first rank has the largest
     for of_all in (matrix, uneven, matrix.clamp_max(0.0).sub(1.0)):
         for count in (0, 1, 7, 37, 10_000):
-            whole = top_of_batch(of_all, count)
-            part = top_of_batch(group.share(of_all), count, group)
+            whole = top_of_batch(_blocks(of_all), count)
+            part = top_of_batch(_blocks(group.share(of_all)), count, group)
             found, wanted = (code.to_dense(20).flatten() for code in (part, whole))
             if of_all is matrix or of_all is uneven:
                 _alike(found.view(-1, 20), wanted.view(-1, 20), group)
@@ -114,8 +123,9 @@ def _by_ranks(world):
 
 def _strongest(matrix, group):
     latents = torch.tensor([0, 3, 19, 7])
-    rows, of = strongest_rows(matrix, latents)
-    mine, of_mine = strongest_rows(group.share(matrix), latents, group)
+    rows, of, _, of_all = strongest_rows(matrix[:, latents], latents)
+    mine, of_mine, _, known = strongest_rows(group.share(matrix)[:, latents], latents, group)
+    assert known == of_all == len(rows)
     n_rows = len(matrix) // group.world
     found = group.gather(torch.stack([mine + group.rank * n_rows, of_mine], 1))
     assert sorted(found.tolist()) == sorted(torch.stack([rows, of], 1).tolist())

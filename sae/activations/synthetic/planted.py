@@ -21,7 +21,7 @@ class PlantedRows(NamedTuple):
 
     def to(self, device: torch.device) -> PlantedRows:
         """On a device."""
-        return PlantedRows(self.x.to(device), SparseLatents(*(part.to(device) for part in self.latents)))
+        return PlantedRows(self.x.to(device), self.latents.to(device))
 
 
 class PlantedWorld:

@@ -1,0 +1,106 @@
+"""Training steps to be timed: ours, a dense one, and the encoder's product alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sae.benchmarks.cases import Case
+from sae.dictionaries import SparseAutoencoder, TopK
+from sae.training.divergence import clip_gradients
+from sae.training.learner import Learner
+from sae.training.pace import Pace
+from sae.training.recipe import Recipe
+
+LR = 3e-4
+Step = Callable[[], object]
+
+
+class Ours:
+    """The product's own step but for Lightning: loss, backward, clipping, fused Adam, unit norm, counters."""
+
+    def __init__(self, case: Case, dictionary: SparseAutoencoder | None = None, revival: tuple = ()) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        if dictionary is None:
+            dictionary = TopK(case.d_model, case.n_latents, case.k)
+        self.learner = Learner(dictionary, Recipe(revival)).to(case.device)
+        self.learner.plan(10**6, case.rows)
+        self.optimizer = Pace(LR).adam([dictionary], 10**6)
+        self.steps = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """One step; the loss."""
+        learner, case = self.learner, self.case
+        with torch.autocast(x.device.type, case.torch_dtype, enabled=case.dtype != "float32"):
+            losses = learner.loss(learner.dictionary.normalise(x), self.steps)
+        losses.total.backward()
+        learner.arrive(self.steps)
+        clip_gradients(list(learner.dictionary.parameters()), 1.0, None)
+        self.optimizer.step()
+        learner.settle(self.steps, self.optimizer)
+        self.optimizer.zero_grad()
+        self.steps += 1
+        return losses.total.detach()
+
+
+class Dense:
+    """The same step as it is written first: a matrix of all latents, decoded by a product, by autograd.
+
+    It begins at the same weights and takes the same steps as `Ours`, up to rounding.
+    """
+
+    def __init__(self, case: Case, compiled: bool = False) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        like = TopK(case.d_model, case.n_latents, case.k).to(case.device)
+        self.W_dec, self.W_enc = (nn.Parameter(w.detach().clone()) for w in (like.W_dec, like.W_enc_rows))
+        self.b_dec, self.b_enc = (nn.Parameter(b.detach().clone()) for b in (like.b_dec, like.b_enc))
+        self.parameters = [self.W_dec, self.W_enc, self.b_dec, self.b_enc]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=LR, fused=True)
+        self.loss = torch.compile(self._loss) if compiled else self._loss
+
+    def _loss(self, x: Tensor) -> Tensor:
+        pre_acts = F.linear(x, self.W_enc, self.b_enc)
+        strongest = pre_acts.topk(self.case.k, dim=-1, sorted=False)
+        latents = torch.zeros_like(pre_acts).scatter(-1, strongest.indices, strongest.values.relu())
+        return (x - (latents @ self.W_dec + self.b_dec)).square().mean()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """One step; the loss."""
+        with torch.autocast(x.device.type, self.case.torch_dtype, enabled=self.case.dtype != "float32"):
+            loss = self.loss(x)
+        loss.backward()
+        with torch.no_grad():
+            W, gradient = self.W_dec, self.W_dec.grad
+            assert gradient is not None
+            gradient -= (gradient * W).sum(1, keepdim=True) * W
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            W /= W.norm(dim=1, keepdim=True)
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+class Floor:
+    """The encoder's product alone, into memory that is there, in the dtype of the case."""
+
+    def __init__(self, case: Case) -> None:
+        self.dtype = case.torch_dtype
+        self.W = torch.randn(case.n_latents, case.d_model, device=case.device).to(self.dtype)
+        self.out = torch.empty(case.rows, case.n_latents, dtype=self.dtype, device=case.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """One product."""
+        return torch.mm(x.to(self.dtype), self.W.T, out=self.out)
+
+
+def on_batches(step: Callable[[Tensor], object], case: Case) -> Step:
+    """The step on one batch in memory after the other."""
+    batches = itertools.cycle(case.batches())
+
+    return lambda: step(next(batches))

@@ -1,0 +1,1 @@
+"""Triton kernels for what `sae.ops.bags` does in torch; they need a GPU, or Triton's interpreter."""

@@ -1,0 +1,39 @@
+"""The encoder's product in blocks is the product."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sae.ops import encoder
+from sae.ops.encoder import pre_act_blocks
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(encoder, "rows_at_once", lambda n_latents, device: 4)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4, 11])
+def test_blocks_together_are_the_whole_product(small_blocks, rows):
+    v, W, b = torch.randn(rows, 6), torch.randn(9, 6, requires_grad=True), torch.randn(9)
+    found = [(first, pre_acts.clone()) for first, pre_acts in pre_act_blocks(v, W, b)]
+    assert [first for first, _ in found] == list(range(0, max(1, rows), 4))
+    torch.testing.assert_close(torch.cat([block for _, block in found]), F.linear(v, W, b).detach())
+    assert not any(block.requires_grad for _, block in found)
+
+
+def test_a_block_takes_the_place_of_the_one_before(small_blocks):
+    places = {
+        block.pre_acts.data_ptr()
+        for block in pre_act_blocks(torch.randn(20, 3), torch.randn(5, 3), torch.zeros(5))
+    }
+    assert len(places) == 1
+
+
+def test_autocast_asks_for_its_dtype():
+    v, W, b = torch.randn(7, 6), torch.randn(9, 6), torch.randn(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        (block,) = pre_act_blocks(v, W, b)
+        wanted = F.linear(v, W, b)
+    assert block.pre_acts.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(block.pre_acts, wanted, rtol=0.01, atol=0.01)

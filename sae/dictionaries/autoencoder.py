@@ -16,6 +16,9 @@ from sae.errors import InputError
 from sae.ops.group import ALONE, Group
 from sae.ops.sparse import SparseLatents, sparse_decode
 
+_SOME = 2048
+"""Rows of a weight that are worked on at a time, so that what lies between stays in a cache."""
+
 
 class TrainingCode(NamedTuple):
     """The code of a training batch, in normalised units, with gradients."""
@@ -202,14 +205,16 @@ class SparseAutoencoder(Dictionary):
     def remove_parallel_gradient(self) -> None:
         """Takes from each row of W_dec.grad its part along the row, which unit norm would undo."""
         if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
-            self.W_dec.grad.sub_(along * self.W_dec)
+            # Some rows at a time: what lies between stays in a processor's cache.
+            for gradient, rows in zip(self.W_dec.grad.split(_SOME), self.W_dec.split(_SOME), strict=True):
+                gradient.addcmul_(torch.linalg.vecdot(gradient, rows)[:, None], rows, value=-1)
 
     @torch.no_grad()
     def constrain(self) -> None:
         """Divides each row of W_dec by its norm; to be called after every optimiser step."""
-        norms = torch.linalg.vector_norm(self.W_dec, dim=-1, keepdim=True, dtype=torch.float64)
-        self.W_dec.div_(norms.clamp_min(1e-8).to(self.W_dec.dtype))
+        for rows in self.W_dec.split(_SOME):
+            norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
+            rows.div_(norms.clamp_min(1e-8).to(rows.dtype))
 
     # --- saved form
 

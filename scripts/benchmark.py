@@ -29,6 +29,7 @@ from sae.benchmarks.measure import growth, of_case, of_kinds
 from sae.benchmarks.table import print_figures, print_steps
 from sae.errors import InputError
 from sae.exits import exit_on_input_error
+from sae.ops.heap import keep_freed_memory
 
 PARTS = ("steps", "kinds", "growth", "training", "harvest", "read")
 
@@ -43,6 +44,7 @@ def main() -> None:
         GPU_CASES if arguments.device.startswith("cuda") else CPU_CASES
     )
     print(f"torch {found['torch']}, {found['device']}")
+    keep_freed_memory()  # as training does; all contenders have it
     if "steps" in arguments.only:
         found["steps"] = []
         for case in cases:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sae.dictionaries import SparseAutoencoder
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
+from sae.ops.heap import keep_freed_memory
 from sae.ops.metrics import ReconstructionScores
 from sae.training.beginning import Beginning, Start
 from sae.training.dead_latents import DeadLatents
@@ -194,6 +195,8 @@ class SparseAutoencoderModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Settles what depends on the length of the run."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         for learner in self.each.values():
             learner.plan(int(self.trainer.estimated_stepping_batches), self.tokens_per_step)
         self._flags = torch.zeros(len(self.learners), 5, device=self.device)

@@ -17,6 +17,7 @@ from sae.benchmarks.steps import Dense, Floor, Ours, on_batches
 from sae.benchmarks.timing import Times, in_turn, ratio, synchronise
 from sae.dictionaries import Dictionary, SparseAutoencoder
 from sae.dictionaries.penalised import Penalised
+from sae.training.recipe import Recipe
 
 Figures = dict[str, Any]
 
@@ -45,7 +46,10 @@ def of_case(case: Case, rounds: int, compiled: bool = True, peers: bool = True) 
 
 
 def of_kinds(case: Case, rounds: int) -> Figures:
-    """The rate of every kind at one size, over TopK's; latents of penalised kinds fire k a row."""
+    """The rate of every kind at one size, over TopK's, each with its own ways of revival and at its final L0.
+
+    Latents of penalised kinds fire k a row.
+    """
     steps = {}
     for name, kind in Dictionary.kinds.items():
         if not issubclass(kind, SparseAutoencoder):
@@ -55,7 +59,7 @@ def of_kinds(case: Case, rounds: int) -> Figures:
         dictionary = kind(case.d_model, case.n_latents, **wanted)
         if dictionary.begins_with_rows:
             dictionary.begin(dictionary.normalise(case.batches(1)[0].cpu()))
-        steps[name] = on_batches(Ours(case, dictionary), case)
+        steps[name] = on_batches(Ours(case, dictionary, Recipe(l0_start=1.0)), case)
     times = in_turn(steps, rounds, case.device)
     return {name: _rate(times, name, case) | {"time over TopK": ratio(times, name, "TopK")} for name in steps}
 

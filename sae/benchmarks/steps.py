@@ -23,12 +23,14 @@ Step = Callable[[], object]
 class Ours:
     """The product's own step but for Lightning: loss, backward, clipping, fused Adam, unit norm, counters."""
 
-    def __init__(self, case: Case, dictionary: SparseAutoencoder | None = None, revival: tuple = ()) -> None:
+    def __init__(
+        self, case: Case, dictionary: SparseAutoencoder | None = None, recipe: Recipe | None = None
+    ) -> None:
         torch.manual_seed(0)
         self.case = case
         if dictionary is None:
             dictionary = TopK(case.d_model, case.n_latents, case.k)
-        self.learner = Learner(dictionary, Recipe(revival)).to(case.device)
+        self.learner = Learner(dictionary, recipe or Recipe(())).to(case.device)
         self.learner.plan(10**6, case.rows)
         self.optimizer = Pace(LR).adam([dictionary], 10**6)
         self.steps = 0

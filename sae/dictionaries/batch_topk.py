@@ -81,11 +81,12 @@ class BatchTopK(LinearEncoder):
         """The largest of the batch; latents whose turn it is fire once each within the same budget."""
         v = self.encoder_input(u)
         count = int(self.k * self.l0_factor * (len(u) * group.world))
-        forced = self.forced(v, turn, group)
-        selected = top_of_batch(self.blocks(v), count, group, forced)
+        selected, forced = top_of_batch(self.blocks(v), count, group, turn)
         ordinary = selected.values
         if forced is not None:
-            ordinary = ordinary.masked_fill(forced.among(selected, self.n_latents), 0.0)
+            ordinary = ordinary.masked_fill(
+                forced.among(selected.places(self.n_latents), self.n_latents), 0.0
+            )
         news = _smallest(ordinary, group)
         selected = self.with_gradients(v, selected)
         return TrainingCode(selected._replace(values=selected.values.relu()), v, news=news)

@@ -96,7 +96,7 @@ class JumpReLU(Penalised):
         entries = self.select(v, lambda rows, first: above(rows, near, first), forced)
         step = self._step(entries)
         if forced is not None:
-            step = step.masked_fill(forced.among(entries, self.n_latents), 1.0)
+            step = step.masked_fill(forced.among(entries.places(self.n_latents), self.n_latents), 1.0)
         # The step's ramp has the height of the threshold: d latents / d threshold = -threshold / bandwidth.
         height = self.threshold.detach()[entries.indices]
         ramp = step - step.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sae.dictionaries.autoencoder import SparseAutoencoder, TrainingCode
-from sae.ops.encoder import Block, pre_act_blocks
+from sae.ops.encoder import PreActs
 from sae.ops.group import Group
 from sae.ops.selection import Forced, strongest_rows, top_k
 from sae.ops.sparse import SparseLatents, joined, sparse_pre_acts
@@ -84,11 +84,14 @@ class LinearEncoder(SparseAutoencoder):
         parts = []
         for block in self.blocks(v):
             parts.append(choose(block.pre_acts, None if forced is None else forced.within(block)))
+            del block  # before the next one is made
         return self.with_gradients(v, joined(parts))
 
-    def blocks(self, v: Float[Tensor, "rows d_model"]) -> Iterator[Block]:
-        """Pre-activations of some rows after those of others."""
-        return pre_act_blocks(v, self.W_enc_rows, self.b_enc)
+    def blocks(
+        self, v: Float[Tensor, "rows d_model"], of: Int[Tensor, " some"] | slice = slice(None)
+    ) -> PreActs:
+        """Pre-activations of some latents, or all; of some rows after those of others, without gradients."""
+        return PreActs(v, self.W_enc_rows[of], self.b_enc[of])
 
     def forced(
         self,
@@ -107,9 +110,9 @@ class LinearEncoder(SparseAutoencoder):
         """
         if turn is None:
             return None
-        with torch.no_grad():
-            bias = self.b_enc[turn] if biased else None
-            return strongest_rows(F.linear(v, self.W_enc_rows[turn], bias), turn, group)
+        bias = self.b_enc[turn]
+        pre_acts = PreActs(v, self.W_enc_rows[turn], bias if biased else torch.zeros_like(bias))
+        return strongest_rows(pre_acts, turn, group)
 
     def with_gradients(self, v: Tensor, selected: SparseLatents) -> SparseLatents:
         """Selected pre-activations with their gradients to W_enc, b_enc and v."""
@@ -119,8 +122,11 @@ class LinearEncoder(SparseAutoencoder):
         self, code: TrainingCode, residual: Float[Tensor, "rows d_model"], dead: Int[Tensor, " dead"], k: int
     ) -> SparseLatents:
         """The k largest pre-activations among the dead, rectified."""
-        with torch.no_grad():
-            strongest = top_k(self.pre_acts(code.inputs, dead), k)
+        parts = []
+        for block in self.blocks(code.inputs, dead):
+            parts.append(top_k(block.pre_acts, k))
+            del block  # before the next one is made
+        strongest = joined(parts)
         strongest = self.with_gradients(code.inputs, strongest._replace(indices=dead[strongest.indices]))
         return strongest._replace(values=strongest.values.relu())
 

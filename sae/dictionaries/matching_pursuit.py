@@ -12,6 +12,7 @@ from torch import Tensor
 from sae.dictionaries.autoencoder import SparseAutoencoder, TrainingCode
 from sae.dictionaries.topk import whole_k
 from sae.errors import InputError
+from sae.ops.encoder import PreActs
 from sae.ops.group import ALONE, Group
 from sae.ops.matching_pursuit import matching_pursuit
 from sae.ops.selection import strongest_rows, top_k
@@ -77,7 +78,8 @@ class MatchingPursuit(SparseAutoencoder):
         """The pursuit's code; a latent whose turn it is comes first in the row that fits it best."""
         first = None
         if turn is not None:
-            forced = strongest_rows((u - self.b_dec) @ self.W_dec[turn].T, turn, group)
+            no_bias = self.W_dec.new_zeros(len(turn))
+            forced = strongest_rows(PreActs(u - self.b_dec, self.W_dec[turn], no_bias), turn, group)
             first = torch.full((len(u),), -1, dtype=torch.int64, device=u.device)
             first[forced.rows] = forced.latents
         k = min(self.n_latents, max(1, round(self.k * self.l0_factor)))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sae.dictionaries.autoencoder import Reconstruction, TrainingCode
 from sae.dictionaries.batch_topk import BatchTopK
@@ -74,10 +75,34 @@ class MatryoshkaBatchTopK(BatchTopK):
     def reconstruct(self, u: Float[Tensor, "rows d_model"], code: TrainingCode) -> Reconstruction:
         """The loss is the mean over prefixes; the residual is that of all latents."""
         parts = sparse_decode(_by_part(code.latents, self.widths), self.W_dec)
-        u_hat = parts.view(len(u), len(self.widths), -1).cumsum(1) + self.b_dec
-        residuals = u[:, None] - u_hat
+        residuals = _LeftBy.apply(u - self.b_dec, parts.view(len(u), len(self.widths), -1))
         weighed = self.weigh(residuals.flatten(0, 1))
         return Reconstruction(residuals[:, -1], weighed.square().mean())
+
+
+class _LeftBy(torch.autograd.Function):
+    """What the first part leaves of a row, what the second leaves of that, and so on: a plane after another.
+
+    The same by `cumsum` along the parts goes down each column by itself, and takes half of a step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, whole: Float[Tensor, "rows d_model"], parts: Float[Tensor, "rows parts d_model"]
+    ) -> Float[Tensor, "rows parts d_model"]:
+        left = torch.empty_like(parts)
+        for i, part in enumerate(parts.unbind(1)):
+            torch.sub(whole, part, out=left[:, i])
+            whole = left[:, i]
+        return left
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        of_parts, last = torch.empty_like(grad), grad.new_zeros(())
+        for i in reversed(range(grad.shape[1])):
+            last = torch.sub(last, grad[:, i], out=of_parts[:, i])
+        return -of_parts[:, 0], of_parts
 
 
 def _by_part(latents: SparseLatents, widths: Sequence[int]) -> SparseLatents:

@@ -26,21 +26,38 @@ class Block(NamedTuple):
     pre_acts: Float[Tensor, "some n_latents"]
 
 
-@torch.no_grad()
-def pre_act_blocks(
-    v: Float[Tensor, "rows d_model"],
-    W_enc: Float[Tensor, "n_latents d_model"],
-    b_enc: Float[Tensor, " n_latents"],
-) -> Iterator[Block]:
+class PreActs:
     """v @ W_enc.T + b_enc, block after block, in the dtype that autocast asks for; without gradients.
 
-    There is a block even if there are no rows.
+    It can be gone through more than once. There is a block even if there are no rows.
     """
-    v, W_enc, b_enc = (tensor.detach().to(_dtype(v)) for tensor in (v, W_enc, b_enc))
-    at_once = rows_at_once(len(W_enc), v.device)
-    product = _one_dnn(W_enc, b_enc, at_once) if _has_one_dnn(v) else _in_place(v, W_enc, b_enc, at_once)
-    for first in range(0, max(1, len(v)), at_once):
-        yield Block(first, product(v[first : first + at_once]))
+
+    def __init__(
+        self,
+        v: Float[Tensor, "rows d_model"],
+        W_enc: Float[Tensor, "n_latents d_model"],
+        b_enc: Float[Tensor, " n_latents"],
+        at_once: int | None = None,
+    ) -> None:
+        """Takes what is to be multiplied.
+
+        Args:
+            v: what the encoder sees.
+            W_enc: a row for each latent.
+            b_enc: a number for each.
+            at_once: rows of a block; None = as many as suit the device.
+        """
+        dtype = _dtype(v)
+        self._v, self._W_enc, self._b_enc = (tensor.detach().to(dtype) for tensor in (v, W_enc, b_enc))
+        self.n_rows, self.n_latents, self.device = len(v), len(W_enc), v.device
+        self._at_once = at_once or rows_at_once(self.n_latents, self.device)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Block]:
+        make = _one_dnn if _has_one_dnn(self._v) else _in_place
+        product = make(self._v, self._W_enc, self._b_enc, self._at_once)
+        for first in range(0, max(1, self.n_rows), self._at_once):
+            yield Block(first, product(self._v[first : first + self._at_once]))
 
 
 def _in_place(v: Tensor, W_enc: Tensor, b_enc: Tensor, at_once: int) -> Product:
@@ -48,7 +65,7 @@ def _in_place(v: Tensor, W_enc: Tensor, b_enc: Tensor, at_once: int) -> Product:
     return lambda rows: torch.addmm(b_enc, rows, W_enc.T, out=held[: len(rows)])
 
 
-def _one_dnn(W_enc: Tensor, b_enc: Tensor, at_once: int) -> Product:
+def _one_dnn(v: Tensor, W_enc: Tensor, b_enc: Tensor, at_once: int) -> Product:
     """By oneDNN, with the weights laid out once for all blocks, and the bias added on the way."""
     packed = torch.ops.mkldnn._reorder_linear_weight(W_enc.contiguous(), at_once)
     return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, b_enc, "none", [], "")

@@ -48,6 +48,10 @@ class SparseLatents(NamedTuple):
             lengths, output_size=len(self.indices)
         )
 
+    def places(self, n_latents: int) -> Int[Tensor, " active"]:
+        """Where each entry is in the matrix of all latents, row after row."""
+        return self.rows * n_latents + self.indices
+
     def to(self, device: torch.device) -> SparseLatents:
         """The same on a device."""
         return SparseLatents(self.values.to(device), self.indices.to(device), self.row_offsets.to(device))
@@ -114,7 +118,7 @@ class _SelectedPreActs(torch.autograd.Function):
         ctx: Any, values: Tensor, W_enc: Tensor, b_enc: Tensor, x: Tensor, code: SparseLatents
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc)
-        ctx.code = code
+        ctx.code = code._replace(values=values.new_empty(0))  # those are the gradients, in the backward pass
         return values.to(W_enc.dtype, copy=True)
 
     @staticmethod

@@ -5,7 +5,8 @@ import torch
 from support.kinds import make, rows
 from support.ranks import run_ranks
 
-from sae.ops.encoder import Block
+from sae.ops import selection
+from sae.ops.encoder import PreActs
 from sae.ops.group import ALONE, Group
 from sae.ops.selection import above, strongest_rows, top_k, top_of_batch
 from sae.training.dead_latents import DeadLatents
@@ -17,11 +18,9 @@ def _matrix(n_rows=12, n_latents=20, seed=0):
 
 
 def _blocks(matrix, at_once=5):
-    """The matrix as an encoder gives it out: in one piece of memory, that the next block takes."""
-    memory = torch.empty(at_once, matrix.shape[1], dtype=matrix.dtype)
-    for first in range(0, len(matrix), at_once):
-        rows = matrix[first : first + at_once]
-        yield Block(first, memory[: len(rows)].copy_(rows))
+    """The matrix as an encoder gives it out."""
+    n_latents = matrix.shape[1]
+    return PreActs(matrix, torch.eye(n_latents).to(matrix), torch.zeros(n_latents).to(matrix), at_once)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (12, 20), (64, 7)])
@@ -29,21 +28,33 @@ def _blocks(matrix, at_once=5):
 def test_top_of_batch_is_the_top_of_the_flattened_matrix(shape, share):
     matrix = _matrix(*shape)
     count = int(share * matrix.numel())
-    code = top_of_batch(_blocks(matrix), count)
+    code = top_of_batch(_blocks(matrix), count)[0]
     kept = torch.zeros(matrix.numel(), dtype=torch.bool)
     kept[matrix.flatten().argsort(descending=True)[:count]] = True
     assert torch.equal(code.to_dense(shape[1]), matrix * kept.view(shape))
     assert len(code.values) == min(count, matrix.numel()) and code.n_rows == shape[0]
 
 
+def test_a_first_block_that_is_not_like_the_others_misleads_nobody(monkeypatch):
+    """The level below which nothing is looked at is guessed from some numbers of the first block."""
+    monkeypatch.setattr(selection, "_SAMPLE", 50)
+    for offset in (-3.0, 0.0, 3.0):
+        matrix = _matrix(200, 40)
+        matrix[:20] += offset
+        code, _ = top_of_batch(_blocks(matrix, 20), 300)
+        kept = torch.zeros(matrix.numel(), dtype=torch.bool)
+        kept[matrix.flatten().argsort(descending=True)[:300]] = True
+        assert torch.equal(code.to_dense(40), matrix * kept.view(200, 40))
+
+
 def test_entries_ascend_within_rows():
-    code = top_of_batch(_blocks(_matrix()), 50)
+    code, _ = top_of_batch(_blocks(_matrix()), 50)
     places = code.rows * 20 + code.indices
     assert torch.equal(places, places.sort().values)
 
 
 def test_of_equal_values_no_more_are_taken_than_asked_for():
-    code = top_of_batch(_blocks(torch.tensor([[1.0, 2.0, 1.0], [1.0, 0.0, 1.0]])), 3)
+    code, _ = top_of_batch(_blocks(torch.tensor([[1.0, 2.0, 1.0], [1.0, 0.0, 1.0]])), 3)
     assert sorted(code.values.tolist()) == [1.0, 1.0, 2.0]
 
 
@@ -63,10 +74,29 @@ def test_a_threshold_is_compared_in_its_own_precision():
 
 def test_the_strongest_row_of_each_latent_is_found_and_goes_first():
     matrix = torch.tensor([[0.1, -5.0, 2.0], [0.3, -1.0, 9.0]])
-    found = strongest_rows(matrix[:, :2], torch.tensor([0, 1]))
+    found = strongest_rows(_blocks(matrix[:, :2], 1), torch.tensor([0, 1]))
     assert [part.tolist() for part in found[:2]] == [[1], [0]]  # latent 1 is positive nowhere
-    code = top_of_batch(_blocks(matrix), 2, forced=found)
+    code, first = top_of_batch(_blocks(matrix), 2, turn=torch.tensor([0, 1]))
     torch.testing.assert_close(code.to_dense(3), torch.tensor([[0.0, 0.0, 0.0], [0.3, 0.0, 9.0]]))
+    assert first.among(code.places(3), 3).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("at_once", [3, 40, 75])
+def test_what_goes_first_counts_and_the_rest_are_the_largest_of_the_others(at_once):
+    matrix, turn = _matrix(75, 30), torch.tensor([29, 4, 17, 3])
+    matrix[:, 4] -= 10.0  # positive nowhere
+    matrix[[3, 50], 17] = 9.0  # as strong in two rows: the first of them
+    found = strongest_rows(_blocks(matrix[:, turn], at_once), turn)
+    rows = {latent: int(matrix[:, latent].argmax()) for latent in (29, 17, 3)}
+    assert dict(zip(found.latents.tolist(), found.rows.tolist(), strict=True)) == rows
+    code, first = top_of_batch(_blocks(matrix, at_once), 20, turn=turn)
+    assert [part.tolist() for part in first] == [part.tolist() for part in found]
+    others = matrix.clone()
+    others[found.rows, found.latents] = -torch.inf
+    wanted = torch.zeros(75 * 30, dtype=torch.bool)
+    wanted[others.flatten().argsort(descending=True)[:17]] = True
+    wanted[found.rows * 30 + found.latents] = True
+    assert torch.equal(code.to_dense(30), matrix * wanted.view(75, 30))
 
 
 @pytest.mark.parametrize("kind", ["TopK", "BatchTopK", "MatryoshkaBatchTopK"])
@@ -107,8 +137,8 @@ def _by_ranks(world):
     uneven = matrix.flatten().sort(descending=True).values.view_as(matrix)  # the first rank has the largest
     for of_all in (matrix, uneven, matrix.clamp_max(0.0).sub(1.0)):
         for count in (0, 1, 7, 37, 10_000):
-            whole = top_of_batch(_blocks(of_all), count)
-            part = top_of_batch(_blocks(group.share(of_all)), count, group)
+            whole, _ = top_of_batch(_blocks(of_all), count)
+            part, _ = top_of_batch(_blocks(group.share(of_all)), count, group)
             found, wanted = (code.to_dense(20).flatten() for code in (part, whole))
             if of_all is matrix or of_all is uneven:
                 _alike(found.view(-1, 20), wanted.view(-1, 20), group)
@@ -123,8 +153,8 @@ def _by_ranks(world):
 
 def _strongest(matrix, group):
     latents = torch.tensor([0, 3, 19, 7])
-    rows, of, _, of_all = strongest_rows(matrix[:, latents], latents)
-    mine, of_mine, _, known = strongest_rows(group.share(matrix)[:, latents], latents, group)
+    rows, of, _, of_all = strongest_rows(_blocks(matrix[:, latents]), latents)
+    mine, of_mine, _, known = strongest_rows(_blocks(group.share(matrix)[:, latents]), latents, group)
     assert known == of_all == len(rows)
     n_rows = len(matrix) // group.world
     found = group.gather(torch.stack([mine + group.rank * n_rows, of_mine], 1))

@@ -52,8 +52,9 @@ class PreActs:
         self.n_rows, self.n_latents, self.device = len(v), len(W_enc), v.device
         self._at_once = at_once or rows_at_once(self.n_latents, self.device)
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[Block]:
+        # What is multiplied here needs no gradients; torch's decorator would hold a block until the next is
+        # there.
         make = _one_dnn if _has_one_dnn(self._v) else _in_place
         product = make(self._v, self._W_enc, self._b_enc, self._at_once)
         for first in range(0, max(1, self.n_rows), self._at_once):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_GROUP = 16
+GROUP = 16
 """Numbers of which the largest stands for all in the first round."""
 _SORTED = (torch.float32, torch.float64)
 """What numpy sorts with vector instructions."""
@@ -23,19 +23,19 @@ def largest(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"
     width = matrix.shape[1]
     if matrix.device.type != "cpu":
         return matrix.topk(k, dim=1, sorted=False).indices
-    if width < 2 * _GROUP * k:
+    if width < 2 * GROUP * k:
         return _among_few(matrix, k)
-    n_groups = width // _GROUP
-    grouped = matrix[:, : _GROUP * n_groups].unflatten(1, (_GROUP, n_groups))
+    n_groups = width // GROUP
+    grouped = matrix[:, : GROUP * n_groups].unflatten(1, (GROUP, n_groups))
     groups = largest(grouped.amax(1), k)
-    candidates = grouped.gather(2, groups[:, None].expand(-1, _GROUP, -1)).flatten(1)
-    ungrouped = width - _GROUP * n_groups
+    candidates = grouped.gather(2, groups[:, None].expand(-1, GROUP, -1)).flatten(1)
+    ungrouped = width - GROUP * n_groups
     if ungrouped:
         candidates = torch.cat([candidates, matrix[:, -ungrouped:]], dim=1)
     places = _among_few(candidates, k)
     columns = places // k * n_groups + groups.gather(1, places % k)
     if ungrouped:
-        columns = torch.where(places < _GROUP * k, columns, places - candidates.shape[1] + width)
+        columns = torch.where(places < GROUP * k, columns, places - candidates.shape[1] + width)
     return columns
 
 

@@ -55,9 +55,12 @@ def gram_if_it_pays(
     The Gram matrix costs n_latents / rows products of the rows with the atoms, and saves nearly one such
     product in every round after the first.
     """
-    if len(atoms) > _GRAM_ATOMS or len(atoms) > rows * (rounds - 1):
-        return None
-    return atoms @ atoms.T
+    return atoms @ atoms.T if gram_pays(len(atoms), rows, rounds) else None
+
+
+def gram_pays(n_latents: int, rows: int, rounds: int) -> bool:
+    """Whether it is small enough, and costs less than it saves."""
+    return n_latents <= min(_GRAM_ATOMS, rows * (rounds - 1))
 
 
 def energy_to_leave(

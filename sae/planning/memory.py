@@ -12,6 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
+from sae.ops import encoder, slots
+from sae.ops.largest import GROUP
+
 INDEX = 8  # bytes of an int64
 DOUBLE = 8  # bytes of a float64
 NMF_START_ROWS = 10_000
@@ -66,14 +71,16 @@ class Step:
     """Whether gradients stay in memory during the backward pass (DDP's buckets, accumulated batches)."""
     shares: int = 0
     """Numbers that ride on the gradients from GPU to GPU (on one GPU they are there as well)."""
-    turns: bool = False
-    """Whether latents take turns to fire (MinFire), which takes a second matrix of pre-activations."""
-    mask: bool = False
-    """Whether the kind marks those that fire among all pre-activations."""
+    penalised: bool = False
+    """Whether the kind has a penalty, which keeps a few numbers of every entry."""
+    pursues: bool = False
+    """Whether the kind has no encoder and finds its code by a pursuit."""
     levels: int = 1
     """Prefixes of the dictionary that reconstruct by themselves."""
     averages: bool = False
     """Whether a running mean of the weights is kept."""
+    on_processor: bool = False
+    """Whether it trains on a CPU, where blocks of the encoder's product are smaller, and made by oneDNN."""
     nmf: bool = False
     """Whether an NMF baseline is fitted before the training, with d_model components."""
 
@@ -139,9 +146,38 @@ def _averages(step: Step) -> int:
 
 def _kept(step: Step) -> int:
     """What the backward pass needs of a dictionary, beside the batch as given."""
-    row, code = step.rows * step.d_model * step.element, step.element + INDEX
-    auxk = row + step.rows * step.revived * code if step.revived else 0
-    return (1 + step.levels) * row + step.rows * step.entries * code + auxk
+    row = step.rows * step.d_model * step.element
+    auxk = row + _code(step, step.revived) if step.revived else 0
+    return (1 + step.levels) * row + _code(step, step.entries) + auxk
+
+
+def _code(step: Step, entries: int) -> int:
+    """A code with the order of its entries by latent: the gradients of both weights want it."""
+    return step.rows * entries * (step.element + 2 * INDEX) + step.n_latents * INDEX
+
+
+def _block(step: Step, rows: int, entries: int) -> int:
+    """Pre-activations of as many rows as are held at once, and what choosing takes; the weights for them.
+
+    On a processor oneDNN has the weights in an order of its own; autocast makes copies in half precision.
+    """
+    device = torch.device("cpu" if step.on_processor else "cuda")
+    if step.pursues:  # correlations, and what changes them; the matrix of the directions' products
+        gram = step.n_latents**2 if slots.gram_pays(step.n_latents, rows, entries) else 0
+        return (
+            2 * min(rows, slots.rows_at_once(step.n_latents, device)) * step.n_latents + gram
+        ) * step.element
+    at_once = min(rows, encoder.rows_at_once(step.n_latents, device))
+    # Of each row marks of all latents; or the groups of columns that its largest are in, and their places.
+    choosing = step.n_latents
+    if 2 * GROUP * entries <= step.n_latents:
+        choosing = max(choosing, entries * (GROUP * (step.pre_act + 1) + 4 * INDEX))
+    weights = 0
+    if step.pre_act < step.element:
+        weights = (step.largest + rows * step.d_model) * step.pre_act
+    elif step.on_processor and step.element == 4:
+        weights = _matrix(step)
+    return at_once * (step.n_latents * step.pre_act + choosing) + weights
 
 
 def _given(step: Step) -> int:
@@ -159,56 +195,47 @@ def _batch(step: Step) -> int:
     return step.rows * step.d_model * (step.row_element + step.element)
 
 
-def _cast(step: Step, rows: int) -> int:
-    """Copies in half precision of the encoder's weights and of what it multiplies."""
-    return (step.largest + rows * step.d_model) * 2 if step.pre_act < step.element else 0
-
-
 def _forward(step: Step) -> int:
     rows = step.rows
-    row, pre_acts = rows * step.d_model * step.element, rows * step.n_latents * step.pre_act
-    code = rows * step.entries * (step.element + INDEX)
-    if step.mask:  # of each entry also its distance, step and ramp, what is penalised, and what lies between
+    row, found = rows * step.d_model * step.element, rows * step.entries * (step.pre_act + INDEX)
+    code = _code(step, step.entries)
+    if step.penalised:  # of each entry also its distance, step and ramp, what is penalised, what lies between
         code += rows * step.entries * 8 * step.element
-    selecting = rows * step.entries * (step.pre_act + step.element)  # values before relu, twice
-    marks = (pre_acts if step.turns else 0) + (rows * step.n_latents if step.mask else 0)
     # u_hat and its residual; on logging steps also the rows about their mean, and these squared. Of several
-    # levels u_hat in parts and added up, the residuals, and these squared.
-    moments = [
-        pre_acts + _cast(step, rows),
-        pre_acts + code + max(marks, selecting),
-        pre_acts + code + 4 * step.levels * row,
-    ]
+    # levels the parts, what each leaves, and these squared.
+    moments = [_block(step, rows, step.entries) + 2 * found, 2 * found + code, code + 4 * step.levels * row]
     if step.revived:
         found = rows * step.revived * (step.pre_act + INDEX)
-        # u_hat and the residual twice (kept, and for AuxK); the dead latents' pre-activations are a copy.
-        moments.append(2 * pre_acts + code + 3 * row + found)
+        # u_hat and the residual twice (kept, and for AuxK); the dead latents' weights are a copy.
+        moments.append(code + 3 * row + _matrix(step) + _block(step, rows, step.revived) + found)
+        # The revived values found, and named; as kept, and sorted by latent.
+        moments.append(code + 3 * row + found + _code(step, step.revived) + _transposing(step, step.revived))
         # Also the revived values rectified, e_hat, what that leaves, and this squared.
-        moments.append(pre_acts + code + 6 * row + found + rows * step.revived * step.element)
+        moments.append(code + 6 * row + _code(step, step.revived) + rows * step.revived * step.element)
     return _batch(step) + max(moments)
 
 
 def _backward(step: Step) -> int:
-    """A gradient of a weight is a sparse product added to zeros: two matrices while it is made.
+    """The gradients of both weights, and what is sorted for the second.
 
     AuxK's part comes first and frees what it kept, but for its gradients of both weights: these wait for
     the reconstruction's.
     """
     row = step.rows * step.d_model * step.element
-    kept = _batch(step) + step.levels * row + step.rows * step.entries * (step.element + INDEX)
+    kept = _batch(step) + step.levels * row + _code(step, step.entries)
     held = (step.weights + step.shares) * step.element if step.holds_gradients else 0
-    moments = [(2 if step.holds_gradients else 3) * _matrix(step) + _transposing(step, step.entries)]
+    moments = [(1 if step.holds_gradients else 2) * _matrix(step) + _transposing(step, step.entries)]
     if step.revived:
-        auxk = row + step.rows * step.revived * (step.element + INDEX)
+        auxk = row + _code(step, step.revived)
         moments = [
-            3 * _matrix(step) + auxk + _transposing(step, step.revived),
-            4 * _matrix(step) + _transposing(step, step.entries),
+            2 * _matrix(step) + auxk + _transposing(step, step.revived),
+            3 * _matrix(step) + _transposing(step, step.entries),
         ]
     return kept + held + max(moments)
 
 
 def _transposing(step: Step, entries: int) -> int:
-    """A code sorted by latents: their order, the rows in it, and the values in it."""
+    """A code in the order of its latents: the rows twice, and the values."""
     return step.rows * entries * (2 * INDEX + step.element)
 
 
@@ -216,9 +243,11 @@ def _validation(step: Step) -> int:
     rows, d = step.held_out_rows, step.d_model
     given = rows * d * step.row_element
     cast = rows * d * step.element if step.row_element != step.element else 0
-    coding = rows * d * step.element + rows * step.n_latents * step.pre_act
-    coding += rows * step.entries * (step.pre_act + INDEX)
-    coding += _cast(step, rows)
+    coding = (
+        rows * d * step.element
+        + rows * step.entries * (step.pre_act + INDEX)
+        + _block(step, rows, step.entries)
+    )
     # Scores are kept in float64: x, x_hat, both about the mean or normalised, and a product of them.
     scoring = rows * d * (step.element + 6 * DOUBLE) + rows * step.entries * (step.element + INDEX)
     return given + cast + max(coding, scoring)

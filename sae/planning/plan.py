@@ -16,7 +16,7 @@ from sae.activations import ActivationDataModule
 from sae.activations.cache.places import LocalPlace
 from sae.activations.source import parse_bytes
 from sae.callbacks import NMFBaseline
-from sae.dictionaries import MatryoshkaBatchTopK, SparseAutoencoder
+from sae.dictionaries import MatchingPursuit, MatryoshkaBatchTopK, SparseAutoencoder
 from sae.dictionaries.penalised import Penalised
 from sae.errors import InputError
 from sae.files import format_bytes
@@ -209,7 +209,9 @@ def plan_run(
         )
     with torch.device("meta"):
         dictionaries = module.build(cache.d_model)
-    each = tuple(_step(module, d, data.batch_size, trainer, cache, gpus) for d in dictionaries.values())
+    each = tuple(
+        _step(module, d, data.batch_size, trainer, cache, gpus, on_processor) for d in dictionaries.values()
+    )
     steps = _steps(trainer, cache.train_rows // data.batch_size)
     tokens = steps * data.batch_size * trainer.accumulate_grad_batches
     return RunPlan(
@@ -236,6 +238,7 @@ def _step(
     trainer: lightning.Trainer,
     cache: CachePlan,
     gpus: int,
+    on_processor: bool,
 ) -> Step:
     check_trainer(trainer)
     weights = [p.numel() for p in dictionary.parameters()]
@@ -255,10 +258,11 @@ def _step(
         row_element=cache.row_dtype.itemsize,
         holds_gradients=gpus > 1 or trainer.accumulate_grad_batches > 1,
         shares=dictionary.n_latents + RIDERS_BESIDE_LATENTS + len(dictionary.news),
-        turns="minfire" in ways,
-        mask=isinstance(dictionary, Penalised),
+        penalised=isinstance(dictionary, Penalised),
+        pursues=isinstance(dictionary, MatchingPursuit),
         levels=len(dictionary.widths) if isinstance(dictionary, MatryoshkaBatchTopK) else 1,
         averages=module.pace.ema_decay is not None,
+        on_processor=on_processor,
         nmf=any(isinstance(callback, NMFBaseline) for callback in trainer.callbacks),  # pyright: ignore
     )
 

@@ -23,15 +23,17 @@ from typing import Any
 import torch
 
 from sae.activations import Source
+from sae.benchmarks.baselines import baseline_figures
 from sae.benchmarks.cache import harvest_figures, read_figures, training_figures
 from sae.benchmarks.cases import CPU_CASES, GPU_CASES, parse
 from sae.benchmarks.measure import growth, of_case, of_kinds
+from sae.benchmarks.steps import missing_compiler
 from sae.benchmarks.table import print_figures, print_steps
 from sae.errors import InputError
 from sae.exits import exit_on_input_error
 from sae.ops.heap import keep_freed_memory
 
-PARTS = ("steps", "kinds", "growth", "training", "harvest", "read")
+PARTS = ("steps", "kinds", "growth", "baselines", "training", "harvest", "read")
 
 
 def main() -> None:
@@ -39,6 +41,9 @@ def main() -> None:
     arguments = _parser().parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("`--device` is cuda, and torch sees no GPU here; leave it out for the CPU's cases.")
+    compiled = "steps" in arguments.only and not arguments.no_compile
+    if compiled and (missing := missing_compiler()):
+        raise InputError(f"torch.compile needs {missing}, and there is none; install it, or `--no-compile`.")
     found: dict[str, Any] = {"torch": torch.__version__, "device": _device(arguments.device)}
     cases = [parse(text, arguments.dtype, arguments.device) for text in arguments.case] or list(
         GPU_CASES if arguments.device.startswith("cuda") else CPU_CASES
@@ -48,7 +53,7 @@ def main() -> None:
     if "steps" in arguments.only:
         found["steps"] = []
         for case in cases:
-            found["steps"].append(of_case(case, arguments.rounds, not arguments.no_compile))
+            found["steps"].append(of_case(case, arguments.rounds, compiled))
             print_steps(found["steps"][-1])
     if "kinds" in arguments.only:
         found["kinds"] = of_kinds(cases[0], arguments.rounds)
@@ -56,6 +61,9 @@ def main() -> None:
     if "growth" in arguments.only:
         found["growth"] = growth(cases[0], arguments.rounds)
         print_figures(f"growth {cases[0]}, log time over log size", found["growth"])
+    if "baselines" in arguments.only:
+        found["baselines"] = baseline_figures(cases[0], arguments.rounds)
+        print_figures("baselines", found["baselines"])
     with tempfile.TemporaryDirectory(prefix="sae-benchmark-") as folder:
         found["cache"] = _cache(arguments, cases, Path(folder))
     print_figures("cache", found["cache"])

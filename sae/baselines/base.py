@@ -53,7 +53,7 @@ class Baseline(Dictionary):
         directions = self.directions
         return latents.to(directions.dtype) @ directions + self.mean
 
-    def decode_sparse(self, latents: SparseLatents) -> Float[Tensor, "rows d_model"]:
+    def _decode_sparse(self, latents: SparseLatents) -> Float[Tensor, "rows d_model"]:
         """latents @ directions + mean, by the rows that the code names."""
         directions = self.directions
         code = latents._replace(values=latents.values.to(directions.dtype))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -86,6 +88,14 @@ class Dense:
             W /= W.norm(dim=1, keepdim=True)
         self.optimizer.zero_grad()
         return loss.detach()
+
+
+def missing_compiler() -> str | None:
+    """What torch.compile would look for and not find."""
+    asked = os.environ.get("CXX")
+    if any(map(shutil.which, [asked] if asked else ["g++", "clang++"])):
+        return None
+    return f"the compiler that CXX names, {asked}" if asked else "a C++ compiler such as g++"
 
 
 class Floor:

@@ -192,7 +192,7 @@ class SparseAutoencoder(Dictionary):
         """latents @ W_dec + b_dec / scale + mean."""
         return latents @ self.W_dec + self._raw_b_dec()
 
-    def decode_sparse(self, latents: SparseLatents) -> Float[Tensor, "rows d_model"]:
+    def _decode_sparse(self, latents: SparseLatents) -> Float[Tensor, "rows d_model"]:
         """The same from a sparse code, touching only the rows it names."""
         return sparse_decode(latents, self.W_dec) + self._raw_b_dec()
 

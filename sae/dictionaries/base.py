@@ -69,9 +69,18 @@ class Dictionary(nn.Module, ABC):
     def decode(self, latents: Float[Tensor, "... n_latents"]) -> Float[Tensor, "... d_model"]:
         """Reconstruction from dense latents."""
 
-    @abstractmethod
     def decode_sparse(self, latents: SparseLatents) -> Float[Tensor, "rows d_model"]:
-        """Reconstruction from a sparse code, one row per CSR row."""
+        """Reconstruction from a sparse code, one row per CSR row.
+
+        Raises:
+            InputError: if the code names latents that are not there, or its offsets are none.
+        """
+        latents.check(self.n_latents)
+        return self._decode_sparse(latents)
+
+    @abstractmethod
+    def _decode_sparse(self, latents: SparseLatents) -> Float[Tensor, "rows d_model"]:
+        """The same of a code that is known to be sound."""
 
     @abstractmethod
     def saved_tensors(self) -> dict[str, Tensor]:
@@ -101,7 +110,7 @@ class Dictionary(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "... d_model"]) -> Output:
         """Encodes and decodes."""
         latents = self.encode_sparse(x)
-        return Output(self.decode_sparse(latents).reshape(x.shape), latents)
+        return Output(self._decode_sparse(latents).reshape(x.shape), latents)
 
     @property
     def device(self) -> torch.device:

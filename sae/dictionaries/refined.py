@@ -155,7 +155,7 @@ class Refined(Dictionary):
         """latents @ W_dec + b_dec."""
         return latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
-    def decode_sparse(self, latents: SparseLatents) -> Float[Tensor, "rows d_model"]:
+    def _decode_sparse(self, latents: SparseLatents) -> Float[Tensor, "rows d_model"]:
         """The same from a sparse code, touching only the rows it names."""
         return sparse_decode(latents, self.W_dec) + self.b_dec
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sae.errors import InputError
 from sae.ops.bags import products, sum_rows
 
 
@@ -34,6 +35,32 @@ class SparseLatents(NamedTuple):
     """Row r owns the entries `row_offsets[r]` to `row_offsets[r + 1]`."""
     by_latent: ByLatent | None = None
     """Of these indices, where somebody has sorted them already: the gradients of both weights want it."""
+
+    def check(self, n_latents: int) -> None:
+        """Raises `InputError` unless it is a code of so many latents; waits for the device."""
+        if len(self.values) != len(self.indices):
+            raise InputError(
+                f"a code must have as many `values` as `indices`, got {len(self.values)} and"
+                f" {len(self.indices)}."
+            )
+        if len(self.indices):
+            least, most = self.indices.min().item(), self.indices.max().item()
+            if least < 0 or most >= n_latents:
+                raise InputError(
+                    f"`indices` must be in [0, n_latents={n_latents}), got {least} to {most}: is this the"
+                    " code of another dictionary?"
+                )
+        offsets = self.row_offsets
+        if (
+            not len(offsets)
+            or offsets[0] != 0
+            or offsets[-1] != len(self.indices)
+            or (offsets.diff() < 0).any()
+        ):
+            raise InputError(
+                f"`row_offsets` must rise from 0 to the {len(self.indices)} entries, got"
+                f" {offsets[:3].tolist()} ... {offsets[-1:].tolist()}."
+            )
 
     @property
     def n_rows(self) -> int:

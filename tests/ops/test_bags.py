@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sae.ops import bags
 
@@ -61,13 +62,24 @@ def test_a_dtype_without_kernel_is_served_by_torch():
     torch.testing.assert_close(found[0], matrix[1] + matrix[2])
 
 
-def test_what_falls_back_is_said_once():
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter serves what it can")
+@pytest.mark.parametrize("without", ["a kernel for the dtype", "Triton"])
+def test_what_falls_back_on_a_gpu_is_said_once(without, monkeypatch):
     bags._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="there is no kernel for X; torch's own operations are used"):
-        bags._say_once("there is no kernel for X; torch's own operations are used")
+    bags._kernels.cache_clear()
+    dtype, said = torch.float64, "there is no kernel for torch.float64; torch's own operations are used"
+    if without == "Triton":
+        monkeypatch.setitem(sys.modules, "sae.ops.kernels.bags", None)
+        monkeypatch.delattr("sae.ops.kernels.bags", raising=False)
+        dtype, said = torch.float32, "Triton is missing .* torch's own operations are used"
+    with FakeTensorMode():
+        matrix = torch.empty(2, 3, dtype=dtype, device="cuda")
+    with pytest.warns(UserWarning, match=said):
+        assert bags._kernels_for(matrix) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bags._say_once("there is no kernel for X; torch's own operations are used")
+        assert bags._kernels_for(matrix) is None
+    bags._kernels.cache_clear()
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is it")

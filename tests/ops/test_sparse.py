@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sae.errors import InputError
 from sae.ops.selection import top_k
 from sae.ops.sparse import SparseLatents, from_dense, sparse_decode, sparse_pre_acts
 
@@ -131,3 +132,21 @@ class _ShapeLog(torch.utils._python_dispatch.TorchDispatchMode):
                 self.shapes.add(tuple(tensor.shape))
                 self.sizes.add(tensor.numel())
         return out
+
+
+@pytest.mark.parametrize(
+    ("indices", "offsets", "said"),
+    [
+        ([0, 5], [0, 2], r"in \[0, n_latents=5\), got 0 to 5: is this the code of another"),
+        ([-1, 2], [0, 2], r"got -1 to 2"),
+        ([1], [0, 1], "as many `values` as `indices`, got 2 and 1"),
+        ([1, 2], [0, 1], r"must rise from 0 to the 2 entries, got \[0, 1\]"),
+        ([1, 2], [0, 3, 2], "must rise"),
+        ([1, 2], [], "must rise"),
+    ],
+)
+def test_a_code_that_is_none_is_refused(indices, offsets, said):
+    code = SparseLatents(torch.ones(2), torch.tensor(indices), torch.tensor(offsets, dtype=torch.int64))
+    with pytest.raises(InputError, match=said):
+        code.check(5)
+    SparseLatents(torch.ones(2), torch.tensor([4, 0]), torch.tensor([0, 2, 2])).check(5)

@@ -1,0 +1,51 @@
+"""scripts/benchmark.py, on sizes that take no time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
+
+
+def _run(*arguments, **environment):
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment or None)
+
+
+@pytest.mark.slow
+def test_one_small_case_in_full(tmp_path):
+    parts = ["steps", "kinds", "growth", "baselines", "training"]
+    done = _run(
+        "--case", "16,128,4,64", "--only", *parts, "--rounds", "1", "--no-compile",
+        "--json", str(tmp_path / "found.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    (steps,) = found["steps"]
+    assert {"ours", "floor", "dense"} <= steps["contenders"].keys()
+    assert all(rate["tokens per s"] > 0 for rate in steps["contenders"].values())
+    assert steps["contenders"]["ours"]["time over ours"]["median"] == 1
+    assert sum(steps["stages"].values()) == pytest.approx(1)
+    assert {"TopK", "BatchTopK", "JumpReLU", "Gated", "ReLU"} <= found["kinds"].keys()
+    assert set(found["growth"]) == {"n_latents", "k", "d_model"}
+    for name in ("tokens/s", "PCA statistics", "NMF codes", "training from a cache"):
+        assert name in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["--device", "cuda"], {"CUDA_VISIBLE_DEVICES": ""}, "torch sees no GPU here"),
+        (["--case", "1,2"], {}, "must be d_model,n_latents,k,rows"),
+        (["--only", "steps"], {"CXX": "no-such-compiler"}, "the compiler that CXX names, no-such-compiler"),
+        (["--only", "steps"], {"PATH": ""}, r"a C++ compiler such as g++, and there is none; install it, or"),
+    ],
+)
+def test_bad_input_is_said_in_a_line(arguments, environment, said):
+    done = _run(*arguments, **{"PATH": "/usr/bin:/bin", **environment})
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from sae.dictionaries.autoencoder import SparseAutoencoder, TrainingCode
 from sae.ops.encoder import PreActs
 from sae.ops.group import Group
-from sae.ops.selection import Forced, strongest_rows, top_k
-from sae.ops.sparse import SparseLatents, joined, sparse_pre_acts
+from sae.ops.selection import Forced, block_by_block, strongest_rows, top_k
+from sae.ops.sparse import SparseLatents, sparse_pre_acts
 
 
 class LinearEncoder(SparseAutoencoder):
@@ -74,18 +74,8 @@ class LinearEncoder(SparseAutoencoder):
         choose: Callable[[Tensor, tuple[Tensor, Tensor] | None], SparseLatents],
         forced: Forced | None = None,
     ) -> SparseLatents:
-        """What `choose` takes of every block of pre-activations, with its gradients to W_enc, b_enc and v.
-
-        Args:
-            v: the encoder's input.
-            choose: gets the pre-activations of some rows, and which entries of them are forced.
-            forced: entries of all rows that are to be taken.
-        """
-        parts = []
-        for block in self.blocks(v):
-            parts.append(choose(block.pre_acts, None if forced is None else forced.within(block)))
-            del block  # before the next one is made
-        return self.with_gradients(v, joined(parts))
+        """What `choose` takes of every block of pre-activations, with gradients to W_enc, b_enc and v."""
+        return self.with_gradients(v, block_by_block(self.blocks(v), choose, forced))
 
     def blocks(
         self, v: Float[Tensor, "rows d_model"], of: Int[Tensor, " some"] | slice = slice(None)
@@ -122,11 +112,7 @@ class LinearEncoder(SparseAutoencoder):
         self, code: TrainingCode, residual: Float[Tensor, "rows d_model"], dead: Int[Tensor, " dead"], k: int
     ) -> SparseLatents:
         """The k largest pre-activations among the dead, rectified."""
-        parts = []
-        for block in self.blocks(code.inputs, dead):
-            parts.append(top_k(block.pre_acts, k))
-            del block  # before the next one is made
-        strongest = joined(parts)
+        strongest = block_by_block(self.blocks(code.inputs, dead), lambda rows, _: top_k(rows, k))
         strongest = self.with_gradients(code.inputs, strongest._replace(indices=dead[strongest.indices]))
         return strongest._replace(values=strongest.values.relu())
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sae.ops.encoder import Block, PreActs
 from sae.ops.group import ALONE, Group
 from sae.ops.largest import largest
-from sae.ops.sparse import SparseLatents
+from sae.ops.sparse import SparseLatents, joined
 
 _SAMPLE = 2**16
 """Numbers of a block by which those are guessed that are among the largest of a batch."""
@@ -46,6 +46,28 @@ class Forced(NamedTuple):
         row_of = torch.full((n_latents,), -1, device=places.device).scatter(0, self.latents, self.rows)
         rows = places // n_latents
         return row_of[places - rows * n_latents] == rows
+
+
+def block_by_block(
+    pre_acts: PreActs,
+    choose: Callable[[Tensor, tuple[Tensor, Tensor] | None], SparseLatents],
+    forced: Forced | None = None,
+) -> SparseLatents:
+    """What `choose` takes of every block of rows, as one code.
+
+    A kernel that chooses while it multiplies, and never writes a pre-activation that is not chosen, belongs
+    here: until it is gone through, `PreActs` is the two factors and the bias.
+
+    Args:
+        pre_acts: of all rows.
+        choose: gets the pre-activations of some rows, and which entries of them are forced.
+        forced: entries of all rows that are to be taken.
+    """
+    parts = []
+    for block in pre_acts:
+        parts.append(choose(block.pre_acts, None if forced is None else forced.within(block)))
+        del block  # before the next one is made
+    return joined(parts)
 
 
 def top_k(

@@ -51,7 +51,7 @@ LONGEST_ERROR = 400  # characters
 _RARE = {
     *(f"model.{name}" for name in ("warmup_steps", "decay_share", "revival", "auxk_coefficient", "start")),
     *(f"model.{name}" for name in ("pre_act_coefficient", "resample_every", "dead_after_tokens", "l0_start")),
-    *(f"model.{name}" for name in ("whiten", "ema_decay")),
+    *(f"model.{name}" for name in ("whiten", "ema_decay", "row_sparse_adam")),
     *(f"data.{name}" for name in ("shuffle_rows", "workers", "local_disk")),
 }
 """Options that the short help leaves out."""

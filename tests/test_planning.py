@@ -67,6 +67,7 @@ def _step(d_model, n_latents, k, rows, precision, auxk, **changes):
         "entries": math.ceil(dictionary.entries_per_row), "revived": d_model // 2 if auxk else 0,
         "weights": sum(sizes), "largest": max(sizes), "buffers": d_model + 1, "precision": precision,
         "row_element": 4, "holds_gradients": False, "on_processor": True,
+        "chooses_in_rows": True,
     }  # fmt: skip
     return Step(**values | changes)
 
@@ -76,9 +77,9 @@ def test_memory_by_hand():
     memory = memory_of(STEP)
     assert memory.parameters == 76 * 4 + 5 * 4 + 8 * 17
     assert (memory.gradients, memory.moments) == (304, 608)
-    x, code = 16 * 4 * 4, 16 * 2 * (4 + 8 + 8) + 8 * 8
-    assert memory.activations == 2 * x + code + 4 * x == 2240
-    assert memory.total == 460 + 304 + 608 + 2240
+    x, code = 16 * 4 * 4, 16 * 2 * (4 + 3 * 8) + 8 * 8
+    assert memory.activations == 2 * x + code + 4 * x == 2496
+    assert memory.total == 460 + 304 + 608 + 2496
     assert memory.peak_at == "the forward pass"
 
 
@@ -133,7 +134,12 @@ def test_planned_memory_is_within_a_tenth_of_measured(shape, changes, trainer):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "model"),
-    [*((kind, {}) for kind in KINDS), ("TopK", {"ema_decay": 0.9}), ("JumpReLU", {"revival": ["auxk"]})],
+    [
+        *((kind, {}) for kind in KINDS),
+        ("TopK", {"ema_decay": 0.9}),
+        ("TopK", {"row_sparse_adam": True, "revival": []}),
+        ("JumpReLU", {"revival": ["auxk"]}),
+    ],
 )
 def test_planned_memory_of_every_kind_is_within_a_tenth_of_measured(kind, model, tmp_path):
     """At its own revival and L0 at the start."""

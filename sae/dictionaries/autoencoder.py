@@ -14,6 +14,7 @@ from sae.dictionaries.base import Dictionary
 from sae.dictionaries.initialisation import tied_rows
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
+from sae.ops.mean_square import mean_square
 from sae.ops.sparse import SparseLatents, sparse_decode
 
 _SOME = 2048
@@ -40,6 +41,8 @@ class Reconstruction(NamedTuple):
     """u - u_hat, of all latents."""
     loss: Float[Tensor, ""]
     """The kind's reconstruction loss; mean over rows, so that the ranks' losses average to that of one."""
+    energy: Float[Tensor, ""]
+    """Mean square of the residual as the loss measures it, without gradients."""
 
 
 class SparseAutoencoder(Dictionary):
@@ -123,7 +126,8 @@ class SparseAutoencoder(Dictionary):
     def reconstruct(self, u: Float[Tensor, "rows d_model"], code: TrainingCode) -> Reconstruction:
         """u less the decoder's u_hat; the loss is the mean square of that, of u the part unexplained."""
         residual = u - self.decode_normalised(code.latents)
-        return Reconstruction(residual, self.weigh(residual).square().mean())
+        loss = mean_square(self.weigh(residual))
+        return Reconstruction(residual, loss, loss.detach())
 
     def other_losses(self, u: Float[Tensor, "rows d_model"], code: TrainingCode) -> dict[str, Tensor]:
         """Terms of the loss that the kind adds, by name; means over rows."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sae.dictionaries.autoencoder import TrainingCode
 from sae.dictionaries.penalised import Penalised
 from sae.ops.group import ALONE, Group
+from sae.ops.mean_square import mean_square
 from sae.ops.selection import above
 from sae.ops.sparse import SparseLatents, sparse_decode
 
@@ -73,7 +74,7 @@ class Gated(Penalised):
         assert code.penalised is not None
         gate = code.latents._replace(values=code.penalised)
         residual = u - sparse_decode(gate, self.W_dec.detach()) - self.b_dec.detach()
-        return {"gate": self.weigh(residual).square().mean()}
+        return {"gate": mean_square(self.weigh(residual))}
 
     def encode_normalised(self, u: Float[Tensor, "rows d_model"]) -> SparseLatents:
         """The magnitudes where the gate is open."""

@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from sae.dictionaries.autoencoder import Reconstruction, TrainingCode
 from sae.dictionaries.batch_topk import BatchTopK
 from sae.errors import InputError
+from sae.ops.mean_square import mean_square
 from sae.ops.sparse import SparseLatents, sparse_decode
 
 
@@ -77,7 +79,8 @@ class MatryoshkaBatchTopK(BatchTopK):
         parts = sparse_decode(_by_part(code.latents, self.widths), self.W_dec)
         residuals = _LeftBy.apply(u - self.b_dec, parts.view(len(u), len(self.widths), -1))
         weighed = self.weigh(residuals.flatten(0, 1))
-        return Reconstruction(residuals[:, -1], weighed.square().mean())
+        energy = weighed.detach().unflatten(0, (-1, len(self.widths)))[:, -1].square().mean()
+        return Reconstruction(residuals[:, -1], mean_square(weighed), energy)
 
 
 class _LeftBy(torch.autograd.Function):
@@ -113,4 +116,7 @@ def _by_part(latents: SparseLatents, widths: Sequence[int]) -> SparseLatents:
     counts = virtual.new_zeros(latents.n_rows * len(widths)).scatter_add_(
         0, virtual, torch.ones_like(virtual)
     )
-    return latents._replace(row_offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+    by_latent = latents.by_latent
+    if by_latent is not None:  # the same order, in which the rows are others
+        by_latent = by_latent._replace(rows=virtual[by_latent.order])
+    return latents._replace(row_offsets=F.pad(counts.cumsum(0), (1, 0)), by_latent=by_latent)

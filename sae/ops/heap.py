@@ -6,9 +6,7 @@ import ctypes
 import functools
 import platform
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_LARGEST_BLOCK = 32 * 2**20
-"""More the C library does not take for the second."""
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _KEPT = 2**30
 
 
@@ -17,7 +15,9 @@ def keep_freed_memory() -> bool:
     """Lets the C library keep what tensors on the CPU give back, up to a gigabyte, instead of the kernel.
 
     A training step frees gradients and takes as much again at once. Without this each page of theirs is
-    cleared by the kernel and mapped anew in every step, which takes a fifth of a small one. It holds for the
+    cleared by the kernel and mapped anew in every step, which takes a fifth of a small one, and more than
+    half of one with many latents and few rows. So blocks of any size come from the heap, none from a mapping
+    of its own; a threshold for these would be at most 32 MiB, less than many a weight. It holds for the
     whole process, from then on.
 
     Returns:
@@ -26,4 +26,4 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT))
+    return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT))

@@ -1,11 +1,15 @@
-"""Where the k largest of every row are, faster on a CPU than by `topk`."""
+"""The k largest of every row, faster on a CPU than by `topk`."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from sae.ops.kernels import kernel
 
 GROUP = 16
 """Numbers of which the largest stands for all in the first round."""
@@ -13,21 +17,35 @@ _SORTED = (torch.float32, torch.float64)
 """What numpy sorts with vector instructions."""
 
 
-def largest(matrix: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
-    """The columns of the k largest numbers of each row, in any order; of equal numbers any.
+class Largest(NamedTuple):
+    """Of each row, in any order."""
 
-    On a CPU in rounds: each of the k largest is in one of the k groups whose own largest are the largest. A
-    group has every so-many-th column, so that all groups' largest are found at the speed of memory, and what
-    is left is to choose among few.
+    values: Float[Tensor, "rows k"]
+    columns: Int[Tensor, "rows k"]
+
+
+def largest(matrix: Float[Tensor, "rows width"], k: int) -> Largest:
+    """The k largest numbers of each row and their columns; of equal numbers any. NaN is above all."""
+    if k > 0 and (served := kernel("largest", matrix)) is not None:
+        return Largest(*served(matrix, k))
+    if matrix.device.type != "cpu":
+        return Largest(*matrix.topk(k, dim=1, sorted=False))
+    columns = _in_rounds(matrix, k)
+    return Largest(matrix.gather(1, columns), columns)
+
+
+def _in_rounds(matrix: Tensor, k: int) -> Tensor:
+    """The columns of the k largest.
+
+    Each of them is in one of the k groups whose own largest are the largest. A group has every so-many-th
+    column, so that all groups' largest are found at the speed of memory, and few are left to choose among.
     """
     width = matrix.shape[1]
-    if matrix.device.type != "cpu":
-        return matrix.topk(k, dim=1, sorted=False).indices
     if width < 2 * GROUP * k:
         return _among_few(matrix, k)
     n_groups = width // GROUP
     grouped = matrix[:, : GROUP * n_groups].unflatten(1, (GROUP, n_groups))
-    groups = largest(grouped.amax(1), k)
+    groups = _in_rounds(grouped.amax(1), k)
     candidates = grouped.gather(2, groups[:, None].expand(-1, GROUP, -1)).flatten(1)
     ungrouped = width - GROUP * n_groups
     if ungrouped:

@@ -81,13 +81,13 @@ def top_k(
         first: rows and latents that are taken before any others.
     """
     if first is None:
-        indices = largest(pre_acts, k)
+        values, indices = largest(pre_acts, k)
     else:
         known = pre_acts[first]
         pre_acts[first] = torch.inf
-        indices = largest(pre_acts, k)
+        indices = largest(pre_acts, k).columns
         pre_acts[first] = known
-    values = pre_acts.gather(1, indices)
+        values = pre_acts.gather(1, indices)
     offsets = torch.arange(0, values.numel() + 1, k, device=values.device)
     return SparseLatents(values.flatten(), indices.flatten(), offsets)
 

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from sae.errors import InputError
 from sae.ops.bags import products, sum_rows
+from sae.ops.kernels import kernel
+from sae.ops.offsets import rows_of
 
 
 class ByLatent(NamedTuple):
@@ -20,6 +22,8 @@ class ByLatent(NamedTuple):
 
     order: Int[Tensor, " active"]
     """The places of the entries."""
+    rows: Int[Tensor, " active"]
+    """The rows that these belong to."""
     offsets: Int[Tensor, " latents_and_end"]
     """Latent i owns `order[offsets[i]:offsets[i + 1]]`."""
 
@@ -70,10 +74,7 @@ class SparseLatents(NamedTuple):
     @property
     def rows(self) -> Int[Tensor, " active"]:
         """The row that each entry belongs to."""
-        lengths = self.row_offsets.diff()
-        return torch.arange(self.n_rows, device=lengths.device).repeat_interleave(
-            lengths, output_size=len(self.indices)
-        )
+        return rows_of(self.row_offsets, len(self.indices))
 
     def places(self, n_latents: int) -> Int[Tensor, " active"]:
         """Where each entry is in the matrix of all latents, row after row."""
@@ -93,7 +94,7 @@ class SparseLatents(NamedTuple):
         """The same code among rows that were not coded: row i becomes the i-th one where `present`."""
         lengths = self.row_offsets.new_zeros(len(present))
         lengths[present] = self.row_offsets.diff()
-        return self._replace(row_offsets=F.pad(lengths.cumsum(0), (1, 0)))
+        return self._replace(row_offsets=F.pad(lengths.cumsum(0), (1, 0)), by_latent=None)
 
     def to_dense(self, n_latents: int) -> Float[Tensor, "rows n_latents"]:
         """The code as a matrix."""
@@ -128,7 +129,7 @@ def sparse_pre_acts(
     The values in `code` come from the dense product that the selection needed anyway, so nothing is
     computed again; the gradients are sums over the selected entries only.
     """
-    code = code._replace(by_latent=sorted_by_latent(code.indices, len(W_enc)))
+    code = code._replace(by_latent=sorted_by_latent(code, len(W_enc)))
     return code._replace(values=_SelectedPreActs.apply(code.values.detach(), W_enc, b_enc, x, code))
 
 
@@ -154,10 +155,11 @@ class _SelectedPreActs(torch.autograd.Function):
         x, W_enc = ctx.saved_tensors
         code = ctx.code._replace(values=grad)
         of_W_enc = of_b_enc = of_x = None
-        if ctx.needs_input_grad[1]:
-            of_W_enc = _sum_by_latent(code, x.to(grad.dtype), len(W_enc))
-        if ctx.needs_input_grad[2]:
-            of_b_enc = _sum_by_latent(code, None, len(W_enc)).squeeze(1)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            order, rows, offsets = _by_latent(code, len(W_enc))
+            ordered = grad.index_select(0, order)
+            of_W_enc = sum_rows(ordered, rows, offsets, x.to(grad.dtype))
+            of_b_enc = sum_rows(ordered, torch.zeros_like(rows), offsets, grad.new_ones(1, 1)).squeeze(1)
         if ctx.needs_input_grad[3]:
             of_x = sum_rows(grad, code.indices, code.row_offsets, W_enc).to(x.dtype)
         return None, of_W_enc, of_b_enc, of_x, None
@@ -178,27 +180,23 @@ class _Decode(torch.autograd.Function):
         grad = grad.contiguous()
         grad_values = grad_W_dec = None
         if ctx.needs_input_grad[0]:
-            grad_values = products(code.rows, grad, code.indices, code.row_offsets, W_dec)
+            grad_values = products(grad, code.indices, code.row_offsets, W_dec)
         if ctx.needs_input_grad[1]:
-            grad_W_dec = _sum_by_latent(code, grad, len(W_dec))
+            order, rows, offsets = _by_latent(code, len(W_dec))
+            grad_W_dec = sum_rows(values.index_select(0, order), rows, offsets, grad)
         return grad_values, grad_W_dec, None
 
 
-def _sum_by_latent(code: SparseLatents, matrix: Tensor | None, n_latents: int) -> Tensor:
-    """latents.T @ matrix: for each latent the rows of the matrix where it fires, times its values there.
-
-    Without a matrix, one of a single column of ones.
-    """
-    order, offsets = sorted_by_latent(code.indices, n_latents) if code.by_latent is None else code.by_latent
-    if matrix is None:
-        matrix, rows = code.values.new_ones(1, 1), torch.zeros_like(order)
-    else:
-        rows = code.rows[order]
-    return sum_rows(code.values[order], rows, offsets, matrix)
+def _by_latent(code: SparseLatents, n_latents: int) -> ByLatent:
+    return sorted_by_latent(code, n_latents) if code.by_latent is None else code.by_latent
 
 
-def sorted_by_latent(indices: Int[Tensor, " active"], n_latents: int) -> ByLatent:
+def sorted_by_latent(code: SparseLatents, n_latents: int) -> ByLatent:
     """The order of a code's entries by latent; stable, so the gradients' sums have one order."""
+    indices = code.indices
+    if (served := kernel("by_latent", code.values)) is not None:
+        return ByLatent(*served(indices, code.row_offsets, n_latents))
     # Not bincount: on a GPU that waits for the device to learn its own length.
     counts = indices.new_zeros(n_latents).scatter_add_(0, indices, torch.ones_like(indices))
-    return ByLatent(indices.to(torch.int32).argsort(stable=True), F.pad(counts.cumsum(0), (1, 0)))
+    order = indices.to(torch.int32).argsort(stable=True)
+    return ByLatent(order, code.rows[order], F.pad(counts.cumsum(0), (1, 0)))

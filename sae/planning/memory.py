@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from sae.ops import encoder, slots
+from sae.ops.kernels import kernel
 from sae.ops.largest import GROUP
 
 INDEX = 8  # bytes of an int64
@@ -75,8 +76,12 @@ class Step:
     """Whether the kind has a penalty, which keeps a few numbers of every entry."""
     pursues: bool = False
     """Whether the kind has no encoder and finds its code by a pursuit."""
+    chooses_in_rows: bool = False
+    """Whether the kind takes the largest of each row, as AuxK does."""
     levels: int = 1
     """Prefixes of the dictionary that reconstruct by themselves."""
+    row_sparse: bool = False
+    """Whether Adam takes out the rows of latents that had a part in the step."""
     averages: bool = False
     """Whether a running mean of the weights is kept."""
     on_processor: bool = False
@@ -117,7 +122,7 @@ def memory_of(*steps: Step) -> Memory:
     peaks = {
         "the forward pass": _most(lambda i: kept[i] + _forward(steps[i]), steps) + gradients,
         "the backward pass": _most(lambda i: kept[i] + _backward(steps[i]) + others[i], steps),
-        "the optimiser's step": _given(steps[0]) + max(map(_matrix, steps)) + gradients,
+        "the optimiser's step": _given(steps[0]) + max(map(_optimiser, steps)) + gradients,
         # Where means are scored, the weights are put aside for as long.
         "validation": max(map(_validation, steps)) + sum(map(_averages, steps)) + gradients,
     }
@@ -152,11 +157,11 @@ def _kept(step: Step) -> int:
 
 
 def _code(step: Step, entries: int) -> int:
-    """A code with the order of its entries by latent: the gradients of both weights want it."""
-    return step.rows * entries * (step.element + 2 * INDEX) + step.n_latents * INDEX
+    """A code with its entries by latent, and their rows: the gradients of both weights want them."""
+    return step.rows * entries * (step.element + 3 * INDEX) + step.n_latents * INDEX
 
 
-def _block(step: Step, rows: int, entries: int) -> int:
+def _block(step: Step, rows: int, entries: int, in_rows: bool) -> int:
     """Pre-activations of as many rows as are held at once, and what choosing takes; the weights for them.
 
     On a processor oneDNN has the weights in an order of its own; autocast makes copies in half precision.
@@ -169,8 +174,11 @@ def _block(step: Step, rows: int, entries: int) -> int:
         ) * step.element
     at_once = min(rows, encoder.rows_at_once(step.n_latents, device))
     # Of each row marks of all latents; or the groups of columns that its largest are in, and their places.
+    # The kernel that takes the largest of rows has next to nothing.
     choosing = step.n_latents
-    if 2 * GROUP * entries <= step.n_latents:
+    if in_rows and step.on_processor and step.pre_act == 4 and kernel("largest", torch.empty(0)):
+        choosing = 0
+    elif 2 * GROUP * entries <= step.n_latents:
         choosing = max(choosing, entries * (GROUP * (step.pre_act + 1) + 4 * INDEX))
     weights = 0
     if step.pre_act < step.element:
@@ -190,6 +198,12 @@ def _matrix(step: Step) -> int:
     return step.largest * step.element
 
 
+def _optimiser(step: Step) -> int:
+    """A temporary as large as the largest weight; or weight, gradient and moments of the rows taken out."""
+    taking_part = min(1.0, step.rows * (step.entries + step.revived) / step.n_latents)
+    return int(_matrix(step) * (4 * taking_part if step.row_sparse else 1))
+
+
 def _batch(step: Step) -> int:
     """The batch as given, and normalised."""
     return step.rows * step.d_model * (step.row_element + step.element)
@@ -203,11 +217,12 @@ def _forward(step: Step) -> int:
         code += rows * step.entries * 8 * step.element
     # u_hat and its residual; on logging steps also the rows about their mean, and these squared. Of several
     # levels the parts, what each leaves, and these squared.
-    moments = [_block(step, rows, step.entries) + 2 * found, 2 * found + code, code + 4 * step.levels * row]
+    block = _block(step, rows, step.entries, step.chooses_in_rows)
+    moments = [block + 2 * found, 2 * found + code, code + 4 * step.levels * row]
     if step.revived:
         found = rows * step.revived * (step.pre_act + INDEX)
         # u_hat and the residual twice (kept, and for AuxK); the dead latents' weights are a copy.
-        moments.append(code + 3 * row + _matrix(step) + _block(step, rows, step.revived) + found)
+        moments.append(code + 3 * row + _matrix(step) + _block(step, rows, step.revived, True) + found)
         # The revived values found, and named; as kept, and sorted by latent.
         moments.append(code + 3 * row + found + _code(step, step.revived) + _transposing(step, step.revived))
         # Also the revived values rectified, e_hat, what that leaves, and this squared.
@@ -235,8 +250,8 @@ def _backward(step: Step) -> int:
 
 
 def _transposing(step: Step, entries: int) -> int:
-    """A code in the order of its latents: the rows twice, and the values."""
-    return step.rows * entries * (2 * INDEX + step.element)
+    """Values in the order of their latents, and for the biases an index of the only row there is."""
+    return step.rows * entries * (INDEX + step.element)
 
 
 def _validation(step: Step) -> int:
@@ -246,7 +261,7 @@ def _validation(step: Step) -> int:
     coding = (
         rows * d * step.element
         + rows * step.entries * (step.pre_act + INDEX)
-        + _block(step, rows, step.entries)
+        + _block(step, rows, step.entries, step.chooses_in_rows)
     )
     # Scores are kept in float64: x, x_hat, both about the mean or normalised, and a product of them.
     scoring = rows * d * (step.element + 6 * DOUBLE) + rows * step.entries * (step.element + INDEX)

@@ -16,7 +16,7 @@ from sae.activations import ActivationDataModule
 from sae.activations.cache.places import LocalPlace
 from sae.activations.source import parse_bytes
 from sae.callbacks import NMFBaseline
-from sae.dictionaries import MatchingPursuit, MatryoshkaBatchTopK, SparseAutoencoder
+from sae.dictionaries import MatchingPursuit, MatryoshkaBatchTopK, SparseAutoencoder, TopK
 from sae.dictionaries.penalised import Penalised
 from sae.errors import InputError
 from sae.files import format_bytes
@@ -260,7 +260,9 @@ def _step(
         shares=dictionary.n_latents + RIDERS_BESIDE_LATENTS + len(dictionary.news),
         penalised=isinstance(dictionary, Penalised),
         pursues=isinstance(dictionary, MatchingPursuit),
+        chooses_in_rows=isinstance(dictionary, TopK),
         levels=len(dictionary.widths) if isinstance(dictionary, MatryoshkaBatchTopK) else 1,
+        row_sparse=module.pace.row_sparse,
         averages=module.pace.ema_decay is not None,
         on_processor=on_processor,
         nmf=any(isinstance(callback, NMFBaseline) for callback in trainer.callbacks),  # pyright: ignore

@@ -88,7 +88,7 @@ class Learner(nn.Module):
         dictionary = self.dictionary
         dictionary.l0_factor = self.recipe.l0_factor(dictionary, step, self.planned_steps)
         code = dictionary.training_code(u, group, self._turn(step, len(u) * group.world, u.device))
-        residual, reconstruction = dictionary.reconstruct(u, code)
+        residual, reconstruction, energy = dictionary.reconstruct(u, code)
         parts = {"reconstruction": reconstruction, **dictionary.other_losses(u, code)}
         terms = [*parts.values()]
         if self.sparsity is not None:
@@ -111,7 +111,7 @@ class Learner(nn.Module):
         one = torch.ones_like(reconstruction)
         boarded = self.riders.board(
             fired=fired,
-            energy=dictionary.weigh(residual.detach()).square().mean(),
+            energy=energy,
             rows=one * len(u),
             batches=one,
             asked=torch.zeros(2, device=u.device) if asked is None else asked,

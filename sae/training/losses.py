@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae.dictionaries import SparseAutoencoder
 from sae.dictionaries.autoencoder import TrainingCode
+from sae.ops.mean_square import mean_square
 from sae.ops.sparse import sparse_decode
 
 
@@ -42,7 +43,7 @@ def auxk_loss(
     k = min(len(dead), max(1, dictionary.d_model // 2))
     e_hat = sparse_decode(dictionary.revived_code(code, residual, dead, k), dictionary.W_dec)
     missed = dictionary.weigh(residual - e_hat)
-    return missed.square().mean() / energy.clamp_min(torch.finfo(residual.dtype).tiny)
+    return mean_square(missed) / energy.clamp_min(torch.finfo(residual.dtype).tiny)
 
 
 def pre_activation_loss(

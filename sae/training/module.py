@@ -62,6 +62,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
         whiten: bool = False,
         init_from: str | None = None,
         ema_decay: float | None = None,
+        row_sparse_adam: bool = False,
         target_l0: AskedL0 = None,
         dictionaries: dict[str, Make] | None = None,
     ) -> None:
@@ -82,6 +83,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
             whiten: the encoder sees rows of equal variance in all directions, and the loss measures so.
             init_from: run or dictionary folder whose weights to begin with.
             ema_decay: score and save a running mean of the weights that keeps this share at each step.
+            row_sparse_adam: Adam skips latents without a part in a step; pays where few of many fire.
             target_l0: latents per row, where the dictionary leaves them out; auto = from the data.
             dictionaries: several kinds with their arguments by name, instead of `dictionary`.
 
@@ -89,7 +91,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
             InputError: for a value out of range.
         """
         super().__init__()
-        self.pace = Pace(lr, warmup_steps, decay_share, ema_decay)
+        self.pace = Pace(lr, warmup_steps, decay_share, ema_decay, row_sparse_adam)
         self.pace.check()
         ways = None if revival is None else tuple(revival)
         l0_start = 1.0 if l0_start is None and init_from is not None else l0_start

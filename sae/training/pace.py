@@ -9,6 +9,7 @@ import torch
 
 from sae.dictionaries import SparseAutoencoder
 from sae.errors import InputError
+from sae.training.row_sparse_adam import RowSparseAdam
 from sae.training.schedules import learning_rate_for, warmup_then_decay
 
 
@@ -22,6 +23,8 @@ class Pace:
     decay_share: float = 0.2
     ema_decay: float | None = None
     """Share of the old that the running mean of the weights keeps at each step; None = no mean."""
+    row_sparse: bool = False
+    """Whether Adam leaves latents alone that had no part in a step (`RowSparseAdam`)."""
 
     def check(self) -> None:
         """Raises `InputError` for a value out of range."""
@@ -41,7 +44,8 @@ class Pace:
     def adam(self, dictionaries: Iterable[SparseAutoencoder], max_steps: int) -> torch.optim.Adam:
         """Fused Adam, with a group of parameters for each dictionary."""
         groups = [{"params": list(d.parameters()), "lr": self.lr_of(d, max_steps)} for d in dictionaries]
-        return torch.optim.Adam(groups, betas=(0.9, 0.999), fused=True)
+        kind = RowSparseAdam if self.row_sparse else torch.optim.Adam
+        return kind(groups, betas=(0.9, 0.999), fused=True)
 
     def schedule(self, optimizer: torch.optim.Optimizer, max_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
         """Linear warm-up, and decay to zero over the end of the run, for all groups alike."""

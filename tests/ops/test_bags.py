@@ -1,22 +1,21 @@
-"""Sums of weighted rows and products with rows, against loops: by torch's operations, and by the kernels."""
+"""Sums of weighted rows and products with rows, against loops: by torch's operations, and by all kernels."""
 
 import os
-import subprocess
-import sys
-import warnings
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from ops.conftest import SWITCHES
 
-from sae.ops import bags
+from sae.ops import bags, kernels
 
 
-@pytest.fixture(autouse=True)
-def short_pieces(monkeypatch):
-    """Cuts bags for the kernels where these are used: see `test_kernels_in_tritons_interpreter`."""
-    if (kernels := bags._kernels_for(torch.ones(1))) is not None:
-        monkeypatch.setattr(kernels, "PIECE", 32)
+@pytest.fixture(autouse=True, params=SWITCHES)
+def switch(request, with_kernels, monkeypatch):
+    """Cuts bags for Triton's kernels where these are used: see `test_kernels_in_tritons_interpreter`."""
+    with_kernels(request.param)
+    module = kernels._module_for("cpu", torch.float32)
+    if hasattr(module, "PIECE"):
+        monkeypatch.setattr(module, "PIECE", 32)
 
 
 DTYPES = {torch.float32: 1e-6, torch.bfloat16: 0.01, torch.float16: 1e-3}
@@ -39,14 +38,14 @@ def test_sums_and_products_are_those_of_a_loop(dtype, width):
         dots[entry] = left[rows[entry]].double() @ matrix[indices[entry]].double()
     found = bags.sum_rows(weights, indices, offsets, matrix)
     assert found.dtype == dtype and (found.double() - sums).norm() <= DTYPES[dtype] * sums.norm()
-    found = bags.products(rows, left, indices, offsets, matrix)
+    found = bags.products(left, indices, offsets, matrix)
     assert found.dtype == dtype and (found.double() - dots).norm() <= DTYPES[dtype] * dots.norm()
 
 
 def test_nothing_is_the_sum_of_nothing():
     none, ends = torch.empty(0, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
     assert bags.sum_rows(torch.empty(0), none, ends, torch.randn(2, 3)).tolist() == [[0.0] * 3] * 3
-    assert bags.products(none, torch.randn(3, 3), none, ends, torch.randn(2, 3)).shape == (0,)
+    assert bags.products(torch.randn(3, 3), none, ends, torch.randn(2, 3)).shape == (0,)
 
 
 def test_twice_the_same_is_bit_for_bit_the_same():
@@ -62,40 +61,9 @@ def test_a_dtype_without_kernel_is_served_by_torch():
     torch.testing.assert_close(found[0], matrix[1] + matrix[2])
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter serves what it can")
-@pytest.mark.parametrize("without", ["a kernel for the dtype", "Triton"])
-def test_what_falls_back_on_a_gpu_is_said_once(without, monkeypatch):
-    bags._say_once.cache_clear()
-    bags._kernels.cache_clear()
-    dtype, said = torch.float64, "there is no kernel for torch.float64; torch's own operations are used"
-    if without == "Triton":
-        monkeypatch.setitem(sys.modules, "sae.ops.kernels.bags", None)
-        monkeypatch.delattr("sae.ops.kernels.bags", raising=False)
-        dtype, said = torch.float32, "Triton is missing .* torch's own operations are used"
-    with FakeTensorMode():
-        matrix = torch.empty(2, 3, dtype=dtype, device="cuda")
-    with pytest.warns(UserWarning, match=said):
-        assert bags._kernels_for(matrix) is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert bags._kernels_for(matrix) is None
-    bags._kernels.cache_clear()
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is it")
-def test_kernels_in_tritons_interpreter():
-    """All tests of sparse products again, in a process where Triton interprets its kernels on the CPU."""
-    pytest.importorskip("triton")
-    files = ["tests/ops/test_bags.py", "tests/ops/test_sparse.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="without the interpreter torch is asked"
 )
-def test_the_kernels_are_what_is_tested_here():
-    assert bags._kernels_for(torch.ones(1)).__name__ == "sae.ops.kernels.bags"
+def test_the_kernels_are_what_is_tested_here(with_kernels):
+    with_kernels("on")
+    assert kernels.kernel("sum_rows", torch.ones(1)).__module__ == "sae.ops.kernels.on_gpu"

@@ -1,13 +1,19 @@
-"""The sparse products equal the dense ones, values and gradients."""
+"""The sparse products equal the dense ones, values and gradients; with kernels and without."""
 
 import pytest
 import torch
+from ops.conftest import SWITCHES
 
 from sae.errors import InputError
 from sae.ops.selection import top_k
 from sae.ops.sparse import SparseLatents, from_dense, sparse_decode, sparse_pre_acts
 
 ROWS, D, N, K = 7, 5, 11, 3
+
+
+@pytest.fixture(autouse=True, params=SWITCHES)
+def kernels(request, with_kernels):
+    with_kernels(request.param)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ VARIANTS = {
     "minfire-penalised": ("ReLU", {"revival": ["minfire"]}),
     "pre_act": ("Gated", {"revival": ["pre_act"]}),
     "averages": ("BatchTopK", {"ema_decay": 0.9}),
+    "row-sparse": ("TopK", {"row_sparse_adam": True}),
     "whitened": ("JumpReLU", {"whiten": True, "start": "subspace"}),
     "quadratic": (
         "JumpReLU",

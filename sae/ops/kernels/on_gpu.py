@@ -1,4 +1,4 @@
-"""Sums of weighted rows and products with rows, as Triton kernels.
+"""Sums of weighted rows and products with rows, as Triton kernels: for a GPU, or Triton's interpreter.
 
 Deterministic: every number is summed by one program in one order, nothing is added atomically. Sums are in
 float32, whatever the dtypes. A program takes several entries at once, so that it waits for several rows of
@@ -15,6 +15,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+from sae.ops.offsets import rows_of
 
 PIECE = 256
 """Most entries that one program adds up: of a longer bag the further pieces are summed by other programs."""
@@ -54,12 +56,13 @@ def sum_rows(
 
 
 def products(
-    rows: Int[Tensor, " entries"],
     left: Float[Tensor, "n_rows width"],
     indices: Int[Tensor, " entries"],
+    offsets: Int[Tensor, " rows_and_end"],
     right: Float[Tensor, "n_right width"],
 ) -> Float[Tensor, " entries"]:
-    """For each entry left[rows[e]] . right[indices[e]]."""
+    """For each entry of a row left[row] . right[indices[e]]."""
+    rows = rows_of(offsets, len(indices))
     out = torch.empty(len(rows), dtype=left.dtype, device=left.device)
     width = left.shape[1]
     if len(rows) > 0:

@@ -106,8 +106,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self.held_out = HeldOut()
         self._with_averages = ExitStack()
         self._group, self.planned_steps = ALONE, 0
-        self.asked_to_stop = self.asked_to_requeue = False
-        self.stopping = self.requeueing = False
+        self.asked_to_stop = self.asked_to_requeue = self.stopping = self.requeueing = False
 
     @property
     def each(self) -> dict[str, Learner]:

@@ -153,6 +153,7 @@ def test_quiet_steps_never_wait_for_the_device(world_cache, tmp_path, monkeypatc
 
     Latents are chosen here as on a GPU; a CPU's own way looks at numbers, and nobody waits for them.
     """
+    monkeypatch.setenv("SAE_KERNELS", "off")
     monkeypatch.setattr(selection, "largest", lambda matrix, k: matrix.topk(k, dim=1))
     steps = []
 

@@ -5,10 +5,11 @@
     python scripts/benchmark.py --device cuda
     python scripts/benchmark.py --only harvest --model FOLDER --hookpoint resid.8 --device cuda
 
-Steps: ours, a dense one by autograd, the same under torch.compile, and the encoder's product alone (on a GPU
-with the traffic of Adam and one reading of the pre-activations added), and public trainers where they are
-installed. Every ratio is of two things timed in turn in this process, with the median and range of several
-rounds: absolute times say little on a shared machine. Reading is measured warm, that is from the page cache.
+Steps: ours, with kernels and without, a dense one by autograd, the same under torch.compile, the encoder
+alone as ours has it, the floor, which is its product by `torch.mm` (on a GPU with the traffic of Adam and one
+reading of the pre-activations added), and public trainers where they are installed. Every ratio is of two
+things timed in turn in this process, with the median and range of several rounds: absolute times say little
+on a shared machine. Reading is measured warm, that is from the page cache.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from sae.benchmarks.cases import Case
 from sae.benchmarks.peak import peak_bytes
 from sae.benchmarks.peers import installed
 from sae.benchmarks.stages import shares
-from sae.benchmarks.steps import Dense, Floor, Ours, on_batches
+from sae.benchmarks.steps import Dense, Encoder, Floor, Ours, WithoutKernels, on_batches
 from sae.benchmarks.timing import Times, in_turn, ratio, synchronise
 from sae.dictionaries import Dictionary, SparseAutoencoder
 from sae.dictionaries.penalised import Penalised
@@ -26,6 +26,7 @@ def of_case(case: Case, rounds: int, compiled: bool = True, peers: bool = True) 
     """Rates of all contenders, ours over each, the peak of memory and the stages of ours."""
     ours = Ours(case)
     steps: dict[str, Callable[[Tensor], object]] = {"ours": ours, "floor": Floor(case), "dense": Dense(case)}
+    steps |= {"encoder alone": Encoder(case), "ours without kernels": WithoutKernels(case)}
     if compiled:
         steps["dense, compiled"] = Dense(case, compiled=True)
     if peers:

@@ -7,6 +7,7 @@ about versions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,6 +32,8 @@ def installed(case: Case) -> Iterator[tuple[str, Peer]]:
 
 
 def _sparsify(case: Case) -> Peer:
+    if case.device == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # else it looks for a GPU where Triton is installed
     from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
     config = SparseCoderConfig(num_latents=case.n_latents, k=case.k)

@@ -9,9 +9,19 @@ from torch.profiler import ProfilerActivity, profile
 
 STAGES = {
     "encoder": ("addmm", "aten::mm", "linear", "gemm", "cutlass", "nvjet"),
-    "selection": ("topk", "amax", "aten::max", "gather", "nonzero", "aten::gt", "aten::sort", "index"),
-    "decode, weight gradients": ("embedding_bag", "_sum_rows", "argsort", "radix", "sort"),
-    "latent gradients": ("per_sample_weights_backward", "_products"),
+    "selection": (
+        "topk",
+        "amax",
+        "aten::max",
+        "gather",
+        "nonzero",
+        "aten::gt",
+        "aten::sort",
+        "index",
+        "sae::largest",
+    ),
+    "decode, weight gradients": ("embedding_bag", "sum_rows", "argsort", "radix", "sort", "by_latent"),
+    "latent gradients": ("per_sample_weights_backward", "products"),
     "optimiser": ("adam",),
 }
 """Operations by parts of their names; what matches several counts for the last of them."""

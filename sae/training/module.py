@@ -102,8 +102,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self.beginning.check()
         self.target_l0 = TargetL0(target_l0)
         self.makes = self.target_l0.filled_all(named(dictionary, dictionaries))
-        self.learners = nn.ModuleDict()
-        self.held_out = HeldOut()
+        self.learners, self.held_out = nn.ModuleDict(), HeldOut()
         self._with_averages = ExitStack()
         self._group, self.planned_steps = ALONE, 0
         self.asked_to_stop = self.asked_to_requeue = self.stopping = self.requeueing = False

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.profiler import record_function
 
 from sae.errors import InputError
 from sae.ops.kernels.build import built
@@ -98,7 +99,8 @@ def adam_rows(
 def _call(name: str, *arguments: int | float | Tensor) -> int:
     # Names keep what is contiguous alive until the function returns.
     given = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
-    return getattr(library(), name)(*map(_sent, given), ctypes.c_int(torch.get_num_threads()))
+    with record_function(f"sae::{name}"):  # for profiles
+        return getattr(library(), name)(*map(_sent, given), ctypes.c_int(torch.get_num_threads()))
 
 
 def _sent(argument: int | float | Tensor) -> Any:

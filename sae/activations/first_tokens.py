@@ -17,6 +17,9 @@ from sae.errors import InputError
 FirstTokens = Callable[[Float[Tensor, "batch context d_model"]], Bool[Tensor, "batch context"]]
 """Given the residual stream inside a pass, True at the first token of each sequence that begins in it."""
 
+KEY_VALUES = ("cache", "past_key_values")
+"""What a model's key-value cache is called in its arguments: of late versions of transformers, and of others."""
+
 
 class _Pass(NamedTuple):
     """What a pass was called with."""
@@ -43,7 +46,8 @@ def watching_first_tokens(model: PreTrainedModel) -> Iterator[FirstTokens]:
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        under_way.append(_Pass(_length(named.get("past_key_values")), named.get("attention_mask")))
+        past = next((named[name] for name in KEY_VALUES if named.get(name) is not None), None)
+        under_way.append(_Pass(_length(past), named.get("attention_mask")))
 
     def end(*_: Any) -> None:
         under_way.clear()

@@ -1,9 +1,12 @@
 """A spliced model computes what the formulas say, is otherwise untouched, and gives gradients."""
 
+import inspect
+
 import pytest
 import torch
 
 import sae
+from sae.activations.first_tokens import KEY_VALUES
 from sae.activations.hookpoints import hookpoint_names, residuals, visiting
 from sae.activations.language_model import load_language_model
 from sae.errors import InputError
@@ -217,7 +220,8 @@ def test_a_pass_of_a_single_first_token_is_left_alone_and_the_next_is_not(model,
     with sae.splice(model, "resid.1", dictionary, skip_first_position=True) as s, torch.no_grad():
         output = model(input_ids=ids[:, :1], use_cache=True)
         assert s.latents.shape == (2, 1, 40) and (s.latents == 0).all()
-        model(input_ids=ids[:, 1:2], past_key_values=output.past_key_values)
+        name = next(name for name in KEY_VALUES if name in inspect.signature(model.forward).parameters)
+        model(input_ids=ids[:, 1:2], **{name: output[name]})
         assert (s.latents > 0).any(-1).all()
 
 

@@ -124,6 +124,14 @@ def test_indices_out_of_range_are_refused_before_anything_is_read_there(wrong):
         on_cpu.by_latent(indices, offsets, 4)
 
 
+def test_numbers_of_another_kind_are_refused_not_misread():
+    code = top_k(torch.randn(3, 20), 2)
+    with pytest.raises(TypeError, match="float32 and int64, got torch.int32"):
+        bags.sum_rows(code.values, code.indices.int(), code.row_offsets, torch.randn(20, 5))
+    with pytest.raises(TypeError, match="float32 and int64, got torch.float64"):
+        bags.sum_rows(code.values.double(), code.indices, code.row_offsets, torch.randn(20, 5))
+
+
 def test_any_number_of_threads_gives_the_same_bits():
     torch.manual_seed(0)
     pre_acts, W, x = torch.randn(300, 700), torch.randn(700, 77), torch.randn(300, 77)

@@ -105,6 +105,8 @@ def _call(name: str, *arguments: int | float | Tensor) -> int:
 
 def _sent(argument: int | float | Tensor) -> Any:
     if isinstance(argument, Tensor):
+        if argument.dtype not in (torch.float32, torch.int64):
+            raise TypeError(f"the kernels take float32 and int64, got {argument.dtype}.")
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
 

@@ -18,7 +18,7 @@ FirstTokens = Callable[[Float[Tensor, "batch context d_model"]], Bool[Tensor, "b
 """Given the residual stream inside a pass, True at the first token of each sequence that begins in it."""
 
 KEY_VALUES = ("cache", "past_key_values")
-"""What a model's key-value cache is called in its arguments: of late versions of transformers, and of others."""
+"""What the key-value cache is called in a model's arguments: by late versions of transformers, and others."""
 
 
 class _Pass(NamedTuple):

@@ -199,9 +199,13 @@ def _matrix(step: Step) -> int:
 
 
 def _optimiser(step: Step) -> int:
-    """A temporary as large as the largest weight; or weight, gradient and moments of the rows taken out."""
+    """A temporary as large as the largest weight; or weight, gradient and moments of the rows taken out.
+
+    On a processor, in float32, the kernel takes out none.
+    """
     taking_part = min(1.0, step.rows * (step.entries + step.revived) / step.n_latents)
-    return int(_matrix(step) * (4 * taking_part if step.row_sparse else 1))
+    in_place = step.on_processor and step.element == 4 and kernel("adam_rows", torch.empty(0))
+    return int(_matrix(step) * (4 * taking_part if step.row_sparse and not in_place else 1))
 
 
 def _batch(step: Step) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sae.dictionaries import SparseAutoencoder
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
-from sae.ops.heap import keep_freed_memory
+from sae.ops.heap import give_back, keep_freed_memory
 from sae.ops.metrics import ReconstructionScores
 from sae.training.beginning import Beginning, Start
 from sae.training.dead_latents import DeadLatents
@@ -287,8 +287,10 @@ class SparseAutoencoderModule(lightning.LightningModule):
         self._heed(self._host.last())
 
     def on_train_end(self) -> None:
-        """Looks at the last step."""
+        """Looks at the last step, and returns the memory that was kept for a next one."""
         self.catch_up()
+        if self.device.type == "cpu":
+            give_back()
 
     def _heed(self, read: tuple[Moment, list[float]] | None) -> None:
         """Acts on the flags of a step."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from sae.errors import InputError
 from sae.ops.kernels import kernel
 
 
@@ -27,6 +28,24 @@ class RowSparseAdam(torch.optim.Adam):
     References:
         The rule is that of `torch.optim.SparseAdam`, which wants sparse gradients.
     """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        fused: bool = True,
+    ) -> None:
+        """Takes parameters, or groups of them, as torch's; it is always fused.
+
+        Raises:
+            InputError: for `fused=False`.
+        """
+        if not fused:
+            raise InputError("`fused` must be True: there is no other row-sparse Adam.")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+        self._step_supports_amp_scaling = False  # a gradient scaler is to undo its scale before the step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -48,7 +67,8 @@ class RowSparseAdam(torch.optim.Adam):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         moments = [state["exp_avg"], state["exp_avg_sq"]]
         found_inf = getattr(self, "found_inf", None)
-        in_place = kernel("adam_rows", parameter) if parameter.is_contiguous() else None
+        apt = parameter.ndim > 0 and all(tensor.is_contiguous() for tensor in (parameter, *moments))
+        in_place = kernel("adam_rows", parameter) if apt else None
         if in_place is None:
             _step_on_rows_taken_out(parameter, gradient, moments, state["step"], group, found_inf)
         elif found_inf is None or not found_inf > 0:
@@ -67,8 +87,12 @@ def _step_on_rows_taken_out(
 ) -> None:
     """By torch's fused Adam, on copies of the rows."""
     whole = [parameter, gradient, *moments]
-    rows = _rows_of(gradient)
-    some = whole if len(rows) == len(parameter) else [tensor.index_select(0, rows) for tensor in whole]
+    rows = _rows_of(gradient) if gradient.ndim else gradient.new_zeros(0)
+    some = (
+        whole
+        if gradient.ndim == 0 or len(rows) == len(parameter)
+        else [tensor.index_select(0, rows) for tensor in whole]
+    )
     beta1, beta2 = group["betas"]
     adam(
         *([tensor] for tensor in some), [], [step],

@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from sae.ops.heap import keep_freed_memory
+from sae.ops.heap import give_back, keep_freed_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
@@ -26,3 +26,19 @@ def test_memory_is_used_again():
         step()
     pages = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
     assert pages <= 2**26, "of 1 GiB"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_what_is_free_goes_back_when_asked_even_below_what_stays():
+    assert keep_freed_memory()
+    held = [torch.ones(2**24) for _ in range(4)]
+    stays = torch.ones(2**16)  # at the heap's end: what is below it would remain
+    del held
+    before = _resident()
+    give_back()
+    assert _resident() < before - 200 * 2**20 and stays.sum() == 2**16
+
+
+def _resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()

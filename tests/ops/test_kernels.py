@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,9 +18,15 @@ from sae.ops.largest import largest
 from sae.ops.selection import top_k
 from sae.ops.sparse import sorted_by_latent
 
-pytestmark = pytest.mark.skipif(
-    kernels._module_for("cpu", torch.float32) is not on_cpu, reason="Triton's interpreter is what is tested"
-)
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="its kernels are what is tested"),
+    pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"),
+]
+
+
+def test_where_there_is_a_compiler_the_kernels_are_what_serves():
+    on_cpu.library()
+    assert kernels.kernel("largest", torch.ones(1)) is on_cpu.largest
 
 
 @pytest.fixture
@@ -89,14 +96,16 @@ def test_what_is_compiled_is_kept_and_a_torn_file_made_again(monkeypatch, tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "some.c").write_text(SOURCE)
     assert build.built(tmp_path / "some.c").answer() == 42
-    (made,) = (tmp_path / "sae").iterdir()
-    torn = made.read_bytes()[:100]
-    elsewhere = tmp_path / "elsewhere"  # the library that is loaded now stays as it is
-    (elsewhere / "sae").mkdir(parents=True)
-    (elsewhere / "sae" / made.name).write_bytes(torn)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere))
-    assert build.built(tmp_path / "some.c").answer() == 42
-    assert len((elsewhere / "sae" / made.name).read_bytes()) > 100
+    known, made = sorted((tmp_path / "sae").iterdir(), key=lambda path: path.suffix)
+    whole = made.read_bytes()
+    for cut in (0, 100, 4096, len(whole) // 2, len(whole) - 1):
+        elsewhere = tmp_path / f"elsewhere{cut}"  # the library that is loaded now stays as it is
+        (elsewhere / "sae").mkdir(parents=True)
+        (elsewhere / "sae" / made.name).write_bytes(whole[:cut])
+        (elsewhere / "sae" / made.with_suffix(".sha256").name).write_bytes(known.read_bytes())
+        monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere))
+        assert build.built(tmp_path / "some.c").answer() == 42
+        assert (elsewhere / "sae" / made.name).stat().st_size > cut
     before = made.stat().st_mtime_ns
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.built(tmp_path / "some.c")
@@ -110,6 +119,27 @@ def test_without_a_folder_to_keep_it_in_it_is_compiled_for_the_process(monkeypat
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
     assert isinstance(library := build.built(tmp_path / "some.c"), ctypes.CDLL) and library.answer() == 42
+
+
+def test_a_folder_that_others_can_write_in_is_not_trusted(monkeypatch, tmp_path):
+    (tmp_path / "some.c").write_text(SOURCE)
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae").chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.built(tmp_path / "some.c").answer() == 42
+    assert list((tmp_path / "sae").iterdir()) == []
+
+
+@pytest.mark.parametrize("k", [0, 9])
+def test_more_than_there_are_cannot_be_chosen(k):
+    with pytest.raises(InputError, match=rf"`k` must be in \[1, 8\], the width of the rows, got k={k}"):
+        on_cpu.largest(torch.randn(2, 8), k)
+
+
+def test_tensors_without_numbers_are_torchs():
+    with FakeTensorMode():
+        matrix, indices, offsets = torch.empty(4, 5), torch.zeros(6, dtype=torch.int64), torch.arange(0, 7, 2)
+        assert bags.sum_rows(torch.empty(6), indices, offsets, matrix).shape == (3, 5)
 
 
 @pytest.mark.parametrize("wrong", [-1, 4])
@@ -126,9 +156,9 @@ def test_indices_out_of_range_are_refused_before_anything_is_read_there(wrong):
 
 def test_numbers_of_another_kind_are_refused_not_misread():
     code = top_k(torch.randn(3, 20), 2)
-    with pytest.raises(TypeError, match="float32 and int64, got torch.int32"):
+    with pytest.raises(TypeError, match="takes torch.int64 there, got torch.int32"):
         bags.sum_rows(code.values, code.indices.int(), code.row_offsets, torch.randn(20, 5))
-    with pytest.raises(TypeError, match="float32 and int64, got torch.float64"):
+    with pytest.raises(TypeError, match="takes torch.float32 there, got torch.float64"):
         bags.sum_rows(code.values.double(), code.indices, code.row_offsets, torch.randn(20, 5))
 
 

@@ -18,7 +18,7 @@ from sae.studies.entries import RANDOM, TRUTH, entry_named
 from sae.training import SparseAutoencoderModule
 
 
-@pytest.mark.slow
+@pytest.mark.recipe
 @pytest.mark.parametrize(("kind", "train_plain"), [("JumpReLU", plain_jumprelu), ("TopK", plain_topk)])
 def test_a_kind_is_a_tenth_better_than_plain(kind, train_plain, tmp_path):
     """World `small`, width 1,024, 2 million samples: normalised F1 and MCC; fewer than 5 % dead.
@@ -49,7 +49,7 @@ def test_a_kind_is_a_tenth_better_than_plain(kind, train_plain, tmp_path):
     assert ours.dead_fraction < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.recipe
 def test_target_l0_is_met_by_every_penalty_within_2_percent(tmp_path):
     """1,500 steps on world `tiny`; also a target that is a third of all latents."""
     makes = {
@@ -78,7 +78,7 @@ def test_target_l0_is_met_by_every_penalty_within_2_percent(tmp_path):
     assert max(scores.fvu for scores in found.values()) < 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("kind", "l0", "steps"),
     [

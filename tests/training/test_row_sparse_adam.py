@@ -18,7 +18,7 @@ def precision(request, monkeypatch):
 
 
 def _close(found, wanted):
-    rtol, atol = {torch.float64: (1e-10, 1e-14), torch.float32: (1e-5, 1e-6)}[DTYPE]
+    rtol, atol = {torch.float64: (1e-10, 1e-14), torch.float32: (1e-6, 1e-6)}[DTYPE]
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
 
 

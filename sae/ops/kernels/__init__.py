@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _ON_GPU = (torch.float32, torch.bfloat16, torch.float16)
 _TORCH = "torch's own operations are used"
@@ -25,13 +27,16 @@ def kernel(name: str, matrix: Tensor) -> Callable[..., Any] | None:
 
     That there is none is said once, as a warning, where one could be expected: not of float64 on a CPU.
     """
+    if isinstance(matrix, FakeTensor) and matrix.device.type == "cpu":
+        return None  # it has no numbers; one that is said to be on a GPU goes where a GPU's would
     module = _module_for(matrix.device.type, matrix.dtype)
     return getattr(module, name, None)
 
 
 def _module_for(device: str, dtype: torch.dtype) -> ModuleType | None:
-    if os.environ.get("SAE_KERNELS") == "off" or torch.compiler.is_compiling():
-        return None
+    off = os.environ.get("SAE_KERNELS") == "off"
+    if off or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return None  # who watches torch's operations is shown them
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device == "cuda" or interpreted:
         if dtype in _ON_GPU:

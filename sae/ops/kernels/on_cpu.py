@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,18 @@ from torch.profiler import record_function
 from sae.errors import InputError
 from sae.ops.kernels.build import built
 
+_ARGUMENTS = {
+    "sum_rows": "nnniifff",
+    "products": "nnniifff",
+    "largest": "nnnffi",
+    "by_latent": "nniiiii",
+    "adam_rows": "nnffffsssssss",
+}
+"""Of each function in `rows.c`, but for the threads: numbers of rows and the like, pointers to int64 and to
+float32, and single floats."""
+_TYPES = {"n": ctypes.c_int64, "i": ctypes.c_void_p, "f": ctypes.c_void_p, "s": ctypes.c_float}
+_DTYPES = {"i": torch.int64, "f": torch.float32}
+
 
 @functools.cache
 def library() -> ctypes.CDLL:
@@ -26,7 +38,10 @@ def library() -> ctypes.CDLL:
     Raises:
         NotBuilt: where they cannot be compiled.
     """
-    return built(Path(__file__).with_name("rows.c"))
+    found = built(Path(__file__).with_name("rows.c"))
+    for name, kinds in _ARGUMENTS.items():
+        getattr(found, name).argtypes = [*(_TYPES[kind] for kind in kinds), ctypes.c_int]
+    return found
 
 
 def sum_rows(
@@ -58,8 +73,15 @@ def products(
 def largest(
     matrix: Float[Tensor, "rows width"], k: int
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """The k largest numbers of each row and their columns, 0 < k <= width; of equal numbers any."""
+    """The k largest numbers of each row and their columns, ascending; of equal numbers any.
+
+    Raises:
+        InputError: unless 0 < k <= width.
+    """
     n_rows, width = matrix.shape
+    k = operator.index(k)
+    if not 0 < k <= width:
+        raise InputError(f"`k` must be in [1, {width}], the width of the rows, got k={k}.")
     values, columns = matrix.new_empty(n_rows, k), matrix.new_empty(n_rows, k, dtype=torch.int64)
     if _call("largest", n_rows, width, k, matrix, values, columns):
         raise MemoryError(f"there is no memory to choose among {width:,} numbers.")
@@ -91,24 +113,28 @@ def adam_rows(
 
     All but the gradient must be contiguous.
     """
-    bias1, bias2 = (1 - beta**steps for beta in betas)
-    moments = (first, second)
-    _call("adam_rows", *weights.shape, weights, gradient, *moments, lr / bias1, bias2**-0.5, *betas, eps)
+    bias1, bias2 = (1 - float(beta) ** steps for beta in betas)
+    # All in double precision until here: 1 - 0.999 in float32 is off by 1e-5.
+    rates = [rate for beta in map(float, betas) for rate in (beta, 1 - beta)]
+    scales = (lr / bias1, bias2**-0.5, *rates, float(eps))
+    _call("adam_rows", *weights.shape, weights, gradient, first, second, *scales)
+    torch.autograd.graph.increment_version(weights)
 
 
 def _call(name: str, *arguments: int | float | Tensor) -> int:
     # Names keep what is contiguous alive until the function returns.
     given = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+    sent = [_sent(kind, argument) for kind, argument in zip(_ARGUMENTS[name], given, strict=True)]
     with record_function(f"sae::{name}"):  # for profiles
-        return getattr(library(), name)(*map(_sent, given), ctypes.c_int(torch.get_num_threads()))
+        return getattr(library(), name)(*sent, torch.get_num_threads())
 
 
-def _sent(argument: int | float | Tensor) -> Any:
-    if isinstance(argument, Tensor):
-        if argument.dtype not in (torch.float32, torch.int64):
-            raise TypeError(f"the kernels take float32 and int64, got {argument.dtype}.")
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+def _sent(kind: str, argument: int | float | Tensor) -> int | float:
+    if not isinstance(argument, Tensor):
+        return argument
+    if argument.dtype != _DTYPES[kind]:
+        raise TypeError(f"a kernel takes {_DTYPES[kind]} there, got {argument.dtype}.")
+    return argument.data_ptr()
 
 
 def _check(failed: int, n: int) -> None:

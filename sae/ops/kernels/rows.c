@@ -243,9 +243,9 @@ int by_latent(int64_t n_rows, int64_t n_latents, const int64_t *row_offsets, con
 }
 
 // Adam's step on the rows whose gradient is not all zeros: of the weights and of both moments, in place. `lr` is over
-// the first moment's bias, `root` one over the root of the second's.
+// the first moment's bias, `root` one over the root of the second's; a rate is one less its beta.
 int adam_rows(int64_t n_rows, int64_t width, float *weights, const float *gradient, float *first, float *second,
-              float lr, float root, float beta1, float beta2, float eps, int threads) {
+              float lr, float root, float beta1, float rate1, float beta2, float rate2, float eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < n_rows; row++) {
         float *w = weights + row * width, *m = first + row * width, *v = second + row * width;
@@ -254,8 +254,8 @@ int adam_rows(int64_t n_rows, int64_t width, float *weights, const float *gradie
         for (int64_t i = 0; i < width; i++) part |= g[i] != 0;
         if (!part) continue;
         for (int64_t i = 0; i < width; i++) {
-            m[i] += (1 - beta1) * (g[i] - m[i]);
-            v[i] = beta2 * v[i] + (1 - beta2) * g[i] * g[i];
+            m[i] = beta1 * m[i] + rate1 * g[i];
+            v[i] = beta2 * v[i] + rate2 * g[i] * g[i];
             w[i] -= lr * m[i] / (sqrtf(v[i]) * root + eps);
         }
     }

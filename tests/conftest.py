@@ -10,6 +10,8 @@ import shutil
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import time
+
 import pytest
 import torch
 import transformers
@@ -46,6 +48,14 @@ FAMILIES = {
         transformers.OPTConfig(**SMALL, ffn_dim=32, max_position_embeddings=40, word_embed_proj_dim=16)
     ),
 }
+
+
+def pytest_runtest_setup(item):
+    """Skips long tests that would begin after SAE_TESTS_UNTIL, in seconds since 1970: CI has its limit."""
+    until = os.environ.get("SAE_TESTS_UNTIL")
+    long = item.get_closest_marker("slow") or item.get_closest_marker("recipe")
+    if until and long and time.time() > float(until):
+        pytest.skip("SAE_TESTS_UNTIL is past")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -1,4 +1,4 @@
-"""Codes with at most k entries a row on given atoms: non-negative pursuit, and the k largest latents."""
+"""Codes with at most k entries a row on given atoms: pursuits of one sign and of both, the k largest."""
 
 from __future__ import annotations
 
@@ -45,12 +45,43 @@ def nonnegative_pursuit(
         Bruckstein, Elad & Zibulevsky, 2008 (the pursuit). "Solving Least Squares Problems", Lawson &
         Hanson, 1974, chapter 23 (the refit, here for many rows at once).
     """
+    return _in_chunks(x, atoms, k, residual_threshold, signed=False)
+
+
+@torch.no_grad()
+def orthogonal_pursuit(
+    x: Float[Tensor, "rows d_model"],
+    atoms: Float[Tensor, "n_latents d_model"],
+    k: int,
+    residual_threshold: float | Float[Tensor, " rows"] = 0.0,
+) -> SparseLatents:
+    """Orthogonal matching pursuit: at most k atoms a row, with coefficients of either sign.
+
+    As `nonnegative_pursuit`, but the atom chosen is the one with the largest |correlation|, and the refit is
+    plain least squares. What is left of a row is orthogonal to the atoms chosen for it.
+
+    Args:
+        x: Rows, already centred.
+        atoms: Unit rows.
+        k: The most atoms a row may use.
+        residual_threshold: Share of |x| at which a row stops; one for all rows or one for each.
+
+    References:
+        "Orthogonal matching pursuit: recursive function approximation with applications to wavelet
+        decomposition", Pati, Rezaiifar & Krishnaprasad, 1993.
+    """
+    return _in_chunks(x, atoms, k, residual_threshold, signed=True)
+
+
+def _in_chunks(
+    x: Tensor, atoms: Tensor, k: int, residual_threshold: float | Tensor, signed: bool
+) -> SparseLatents:
     check_k(k, len(atoms))
     exact, rows = atoms.double(), x.double()
     gram = gram_if_it_pays(exact, len(rows), k)
     enough = energy_to_leave(rows.square().sum(1), residual_threshold)
     chunks = zip(rows.split(_CHUNK), enough.split(_CHUNK), strict=True)
-    parts = [_pursue(exact, gram, k, *chunk) for chunk in chunks]
+    parts = [_pursue(exact, gram, k, *chunk, signed) for chunk in chunks]
     values, indices = (torch.cat(side) for side in zip(*parts, strict=True))
     return from_slots(values.to(atoms.dtype), indices)
 
@@ -63,7 +94,9 @@ def largest_codes(latents: Float[Tensor, "rows n_latents"], k: int) -> SparseLat
     return from_slots(latents.gather(1, indices), indices)
 
 
-def _pursue(atoms: Tensor, gram: Tensor | None, k: int, x: Tensor, enough: Tensor) -> tuple[Tensor, Tensor]:
+def _pursue(
+    atoms: Tensor, gram: Tensor | None, k: int, x: Tensor, enough: Tensor, signed: bool
+) -> tuple[Tensor, Tensor]:
     """Coefficients and atoms of every row, (rows, k) each; slots never filled hold zero."""
     correlations = x @ atoms.T
     energy = x.square().sum(1)
@@ -73,7 +106,7 @@ def _pursue(atoms: Tensor, gram: Tensor | None, k: int, x: Tensor, enough: Tenso
     live = torch.arange(len(x), device=x.device)
     left, residual = energy, correlations
     for size in range(1, k + 1):
-        best, atom = residual.max(dim=1)
+        best, atom = (residual.abs() if signed else residual).max(dim=1)
         going = (best > floor[live]) & (left > enough[live])
         live, atom = live[going], atom[going]
         if len(live) == 0:
@@ -83,7 +116,11 @@ def _pursue(atoms: Tensor, gram: Tensor | None, k: int, x: Tensor, enough: Tenso
         target = correlations[live]
         aim = target.gather(1, slots)
         small_gram = _gram_of(atoms[slots]) if gram is None else gram[slots[:, :, None], slots[:, None, :]]
-        refitted = _refit(small_gram, aim, values[live, :size])
+        if signed:
+            small_gram.diagonal(dim1=1, dim2=2).add_(_RIDGE)
+            refitted = _least_squares(small_gram, aim)
+        else:
+            refitted = _refit(small_gram, aim, values[live, :size])
         values[live, :size] = refitted
         if size == k:
             break
@@ -94,7 +131,7 @@ def _pursue(atoms: Tensor, gram: Tensor | None, k: int, x: Tensor, enough: Tenso
             explained = mixed(slots, gram, refitted)
             left = energy[live] - (refitted * (2 * aim - explained.gather(1, slots))).sum(1)
             residual = target.sub_(explained)
-        residual.scatter_(1, slots, -torch.inf)
+        residual.scatter_(1, slots, 0.0 if signed else -torch.inf)
     return values, chosen
 
 
@@ -140,5 +177,10 @@ def _solve_free(gram: Tensor, target: Tensor, free: Tensor) -> Tensor:
     """Least squares over the free slots of every row; zero in the others."""
     both = free[:, :, None] & free[:, None, :]
     system = torch.where(both, gram, torch.eye(free.shape[1], dtype=gram.dtype, device=gram.device))
-    factor, _ = torch.linalg.cholesky_ex(system)
-    return torch.cholesky_solve((target * free)[:, :, None], factor).squeeze(2)
+    return _least_squares(system, target * free)
+
+
+def _least_squares(gram: Tensor, target: Tensor) -> Tensor:
+    """Coefficients (rows, size) with gram @ coefficients = target."""
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    return torch.cholesky_solve(target[:, :, None], factor).squeeze(2)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import nnls
+from sklearn.linear_model import orthogonal_mp
 from torch import Tensor
 
 from sae.errors import InputError
 from sae.ops import pursuit
-from sae.ops.pursuit import largest_codes, nonnegative_pursuit
+from sae.ops.pursuit import largest_codes, nonnegative_pursuit, orthogonal_pursuit
 
 
 def _atoms(n: int, d: int, seed: int = 0) -> Tensor:
@@ -40,6 +41,24 @@ def test_pursuit_equals_a_loop_over_rows(n: int, d: int, k: int) -> None:
     reference = _one_row_at_a_time(x.numpy(), atoms.numpy(), k)
     assert ((reference > 0).sum(1) < k).any(), "some refits must put a coefficient to zero"
     np.testing.assert_allclose(codes.numpy(), reference, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(40, 10, 6), (16, 16, 16), (600, 20, 3)])
+def test_orthogonal_pursuit_equals_scikit_learn(n: int, d: int, k: int) -> None:
+    atoms = _atoms(n, d)
+    x = torch.randn(100, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3
+    before = x.clone()
+    codes = orthogonal_pursuit(x, atoms, k)
+    reference = orthogonal_mp(atoms.T.numpy(), x.T.numpy(), n_nonzero_coefs=k).T
+    np.testing.assert_allclose(codes.to_dense(n).numpy(), reference, atol=1e-6)
+    assert (codes.values < 0).any() and torch.equal(x, before)
+
+
+def test_orthogonal_pursuit_beyond_the_dimensions_is_exact_and_stops() -> None:
+    atoms, x = _atoms(40, 6), torch.randn(50, 6, dtype=torch.float64)
+    code = orthogonal_pursuit(x, atoms, 30)
+    torch.testing.assert_close(code.to_dense(40) @ atoms, x)
+    assert code.row_offsets.diff().max() <= 7
 
 
 def test_pursuit_finds_planted_codes() -> None:

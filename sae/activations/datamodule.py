@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -245,11 +246,11 @@ def _device(ranks: Ranks) -> str:
 
 def _check_same_source(location: str, manifest: dict[str, Any], source: Source) -> None:
     cached, wanted = manifest.get("source") or {}, source.identity()
-    default = Source().identity()  # caches of earlier versions lack the newer keys
+    # Either may lack a key that has its default: caches of earlier versions, and `Source.identity`.
+    default = asdict(Source())
+    pairs = {key: (cached.get(key, default[key]), wanted.get(key, default[key])) for key in default}
     differing = [
-        f"{key} (cache: {cached.get(key, default[key])!r}, config: {wanted[key]!r})"
-        for key in wanted
-        if cached.get(key, default[key]) != wanted[key]
+        f"{key} (cache: {there!r}, config: {here!r})" for key, (there, here) in pairs.items() if there != here
     ]
     if differing:
         raise InputError(

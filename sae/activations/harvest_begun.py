@@ -90,7 +90,7 @@ def begin_harvest(source: Source, place: Place, device: str, ranks: Ranks) -> Be
     earlier = _earlier_manifest(source, place)
     # The text is opened before gigabytes of weights are fetched; packed text is not opened again.
     documents = read_documents(source.dataset) if earlier is None and ranks.rank == 0 else None
-    language_model = load_language_model(source.model, device)
+    language_model = load_language_model(source.model, device, source.random_weights)
     check_hookpoints(language_model.model, source.hookpoints)
     _check_context_length(language_model, source.context_length)
     identity = _identity(source, language_model)
@@ -215,7 +215,7 @@ def _description(
     counts = {"train": packed.n_train, "held_out": n - packed.n_train}
     per_context = context if packed.cached is None else int(packed.cached.sum(1).max())
     return {
-        "model": source.model,
+        "model": source.model_name,
         "tokenizer": source.model,
         "dataset": source.dataset,
         "d_model": shown.d_model,

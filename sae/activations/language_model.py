@@ -43,11 +43,23 @@ class LanguageModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_language_model(name: str, device: str | torch.device = "cpu") -> LanguageModel:
+def load_language_model(
+    name: str, device: str | torch.device = "cpu", random_weights: int | None = None
+) -> LanguageModel:
     """Loads `demo`, a local folder or a Hugging Face id.
 
     The class follows the configuration: causal where it is a causal model, masked-LM where it is an
     encoder, bare otherwise. Weights keep the dtype they were saved in.
+
+    Args:
+        name: which.
+        device: where to put it.
+        random_weights: seed of weights drawn as its architecture begins a training; None = its own. They
+            are not fetched then, and those drawn are of the dtype that the configuration says.
+
+    References:
+        Sparse Autoencoders Can Interpret Randomly Initialized Transformers, Heap et al. 2025,
+        arXiv 2501.17727 (why random weights: what also comes of them was not learned by the model).
 
     Raises:
         InputError: if the model or its tokenizer cannot be loaded; the message says what to try.
@@ -59,11 +71,28 @@ def load_language_model(name: str, device: str | torch.device = "cpu") -> Langua
             # A model's own code is never run; unless told, transformers would ask on the terminal.
             safe: dict[str, Any] = {"trust_remote_code": False}
             config = AutoConfig.from_pretrained(source, **safe)
-            model = _model_class(config).from_pretrained(source, config=config, dtype="auto", **safe)
+            kind = _model_class(config)
+            if random_weights is None:
+                model = kind.from_pretrained(source, config=config, dtype="auto", **safe)
+            else:
+                model = _drawn(kind, config, random_weights)
             tokenizer = AutoTokenizer.from_pretrained(source, **safe)
     except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
         raise _cannot_load(name, reason(error, name, "model")) from error
     return LanguageModel(name, model.requires_grad_(False).eval().to(device), tokenizer)
+
+
+def _drawn(kind: Any, config: Any, seed: int) -> Any:
+    """The model with random weights: the same for a seed on every device, as they are drawn on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return kind.from_config(config, dtype=configured_dtype(config), trust_remote_code=False)
+
+
+def configured_dtype(config: Any) -> torch.dtype:
+    """The dtype of the weights as a model's configuration says; float32 where it says nothing."""
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def check_model_in_reach(name: str) -> None:
@@ -100,8 +129,10 @@ def language_model_of(
             "the rows of the cache were imported or made up, and no language model is named for them; if one"
             " made them, import them with their token ids and --model to read latents."
         )
-    name = elsewhere or name
-    language_model = load_language_model(name, device)
+    source = manifest.get("source") or {}
+    random_weights = source.get("random_weights")
+    name = elsewhere or (name if random_weights is None else source["model"])
+    language_model = load_language_model(name, device, random_weights)
     if weights_hash(language_model.model) != manifest["model_hash"]:
         raise InputError(
             f"the weights of {name} are not those that the cache was made with; harvest it again."

@@ -15,6 +15,7 @@ from sae.activations.language_model import (
     _cannot_load,
     _quiet_transformers,
     check_model_in_reach,
+    configured_dtype,
     find_blocks,
 )
 from sae.errors import InputError
@@ -59,10 +60,9 @@ def model_size(name: str, hookpoints: list[str]) -> ModelSize:
                 f" resid.{len(blocks)}."
             )
         depths.append(int(match[1]))
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return ModelSize(
         d_model=config.get_text_config().hidden_size,
-        dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
+        dtype=configured_dtype(config),
         parameters=sum(p.numel() for p in model.parameters()),
         parameters_run=sum(p.numel() for block in blocks[: max(depths)] for p in block.parameters()),
     )

@@ -44,6 +44,8 @@ class Source:
     """Rows at the tokenizer's special tokens, separators among them, are not cached."""
     non_finite: Literal["error", "skip"] = "error"
     """What to do with NaN or infinite rows: end the harvest, or leave them out and count them."""
+    random_weights: int | None = None
+    """Seed of random weights in place of the trained ones: the control of a model that learned nothing."""
     disk: str | int | None = None
     """Bytes that the cache may take, e.g. 50GB; then shards are harvested ahead of training and removed
     behind it. null = the whole cache is kept."""
@@ -58,8 +60,20 @@ class Source:
                 f"`held_out` must lie between 0 and 1, got {self.held_out}; scores need documents that"
                 " training never saw."
             )
+        if self.random_weights is not None and not 0 <= self.random_weights < 2**63:
+            raise InputError(
+                f"`random_weights` must be a seed of at least 0, got {self.random_weights} (below 2^63); null"
+                " takes the trained weights."
+            )
         check_context_has_rows(self.context_length, self.bos_in_every_context, self.exclude_first_position)
         self.disk_bytes()
+
+    @property
+    def model_name(self) -> str:
+        """What a cache and all that is made from it say of the model: no other weights go by its name."""
+        if self.random_weights is None:
+            return self.model
+        return f"{self.model} with random weights of seed {self.random_weights}"
 
     def disk_bytes(self) -> int | None:
         """`disk` in bytes; None = no limit.
@@ -74,9 +88,11 @@ class Source:
         """All that the contents of a cache depend on: equal identities make byte-equal shards.
 
         Shards that are finished had no rows that are not finite, so they stay good when `non_finite` is
-        changed as the error advises.
+        changed as the error advises. A model with its own weights has the identity that it had before there
+        were random ones.
         """
-        return {name: value for name, value in asdict(self).items() if name not in ("disk", "non_finite")}
+        left_out = {"disk", "non_finite"} | ({"random_weights"} if self.random_weights is None else set())
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 def check_context_has_rows(

@@ -215,8 +215,11 @@ class SparseAutoencoder(Dictionary):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Divides each row of W_dec by its norm; to be called after every optimiser step."""
-        for rows in self.W_dec.split(_SOME):
+        """Divides each row of W_dec by its norm; to be called after every optimiser step.
+
+        Rows that do not learn stay as they are: a division by a norm of one to rounding would move them.
+        """
+        for rows in self.W_dec.split(_SOME) if self.W_dec.requires_grad else ():
             norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
             rows.div_(norms.clamp_min(1e-8).to(rows.dtype))
 

@@ -104,11 +104,11 @@ class Penalised(LinearEncoder):
 
     @torch.no_grad()
     def hear(self, news: Mapping[str, Tensor]) -> None:
-        """Remembers the L0 of the steps before; with a target, all thresholds follow it."""
+        """Remembers the L0 of the steps before; with a target, all thresholds follow it, if they learn."""
         l0 = news["l0"].to(self.recent_l0)
         known = ~l0.isnan()
         self.recent_l0.lerp_(torch.where(known, l0, self.recent_l0), 0.1)
-        if self.target_l0 is not None:
+        if self.target_l0 is not None and self.b_enc.requires_grad:
             excess = (self.recent_l0.clamp_min(1e-3) / self.l0_now).log().clamp(-1.0, 1.0)
             self._raise_thresholds(_FOLLOWS * excess * known)
 

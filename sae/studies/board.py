@@ -180,10 +180,10 @@ class BoardRunner:
         hush_lightning()
         lightning.seed_everything(seed, verbose=False)
         revival = None if entry.revival is None else list(entry.revival)
-        module = SparseAutoencoderModule(entry.make(self.l0, self.n_latents), revival=revival)
-        callbacks: list[lightning.Callback] = [Checkpoints(checkpoints, every=500)]
-        if entry.kind == FROZEN:
-            callbacks.append(_FreezesDirections())
+        control = "decoder" if entry.kind == FROZEN else None
+        module = SparseAutoencoderModule(
+            entry.make(self.l0, self.n_latents), revival=revival, controls=control
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Lightning's advice on workers and loggers
             trainer = lightning.Trainer(
@@ -191,7 +191,7 @@ class BoardRunner:
                 accelerator=self.device.type,
                 devices=1 if self.device.index is None else [self.device.index],
                 logger=False,
-                callbacks=callbacks,
+                callbacks=[Checkpoints(checkpoints, every=500)],
                 plugins=[WholeCheckpoints()],
                 gradient_clip_val=1.0,
                 num_sanity_val_steps=0,
@@ -214,10 +214,3 @@ def _usable(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"`device` {device!r} cannot be used: {reason}") from error
     return torch.device("cpu") if found.type == "cpu" else found
-
-
-class _FreezesDirections(lightning.Callback):
-    """Only the encoder learns: what an autoencoder has whose directions are random."""
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
-        pl_module.dictionary.W_dec.requires_grad_(False)

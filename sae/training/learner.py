@@ -13,6 +13,7 @@ from sae.dictionaries import SparseAutoencoder
 from sae.dictionaries.penalised import Penalised
 from sae.ops.group import ALONE, Group
 from sae.training.averaging import WeightAverages
+from sae.training.controls import Control, NearStart, freeze
 from sae.training.dead_latents import DeadLatents, count_firings
 from sae.training.losses import auxk_loss, pre_activation_loss
 from sae.training.recipe import Recipe
@@ -44,9 +45,17 @@ class Learner(nn.Module):
     energy: Tensor
     seed: Tensor
 
-    def __init__(self, dictionary: SparseAutoencoder, recipe: Recipe, ema_decay: float | None = None) -> None:
+    def __init__(
+        self,
+        dictionary: SparseAutoencoder,
+        recipe: Recipe,
+        ema_decay: float | None = None,
+        control: Control | None = None,
+    ) -> None:
         super().__init__()
         self.dictionary, self.recipe = dictionary, recipe
+        freeze(dictionary, control)
+        self.near_start = NearStart(dictionary.W_dec) if control == "soft_decoder" else None
         self.ways = recipe.ways_for(dictionary)
         n_latents = dictionary.n_latents
         self.dead_latents = DeadLatents(n_latents, recipe.dead_after_tokens or 1)
@@ -56,7 +65,7 @@ class Learner(nn.Module):
         # Of all that is drawn here; a rank that joins when a run is resumed has other generators.
         self.register_buffer("seed", torch.tensor(torch.initial_seed() % 2**62))
         self.sparsity: SparsityControl | None = None
-        if isinstance(dictionary, Penalised):
+        if isinstance(dictionary, Penalised) and control != "encoder":  # else a penalty moves nothing
             self.sparsity = SparsityControl(
                 dictionary.target_l0, dictionary.sparsity_coefficient, dictionary.warms_up_for
             )
@@ -142,13 +151,15 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def settle(self, step: int, optimizer: torch.optim.Optimizer, group: Group = ALONE) -> None:
-        """After the optimiser's step: thresholds follow L0, unit norm, new lives for dead latents.
+        """After the optimiser's step: thresholds follow L0, constraints, new lives for dead latents.
 
         Where the optimiser was kept from its step, nothing of that.
         """
         broken = getattr(optimizer, "found_inf", None)
         self._hear(broken)
         self.dictionary.constrain()
+        if self.near_start is not None:
+            self.near_start.bring_back(self.dictionary.W_dec)
         if self._residual is not None:
             residual, self._residual = self._residual, None
             if broken is None or not broken > 0:

@@ -16,12 +16,13 @@ from sae.ops.group import ALONE, Group
 from sae.ops.heap import give_back, keep_freed_memory
 from sae.ops.metrics import ReconstructionScores
 from sae.training.beginning import Beginning, Start
+from sae.training.controls import AskedControls, Controls
 from sae.training.dead_latents import DeadLatents
 from sae.training.divergence import clip_gradients, scores_not_finite, step_not_finite
 from sae.training.held_out import HeldOut
 from sae.training.host_reading import HostReading, Moment
 from sae.training.learner import Learner
-from sae.training.names import SINGLE, Make, curve, named
+from sae.training.names import SINGLE, Make, check_described, curve, described, named
 from sae.training.pace import Pace
 from sae.training.recipe import Recipe
 from sae.training.revival import Way
@@ -65,6 +66,7 @@ class SparseAutoencoderModule(lightning.LightningModule):
         row_sparse_adam: bool = False,
         target_l0: AskedL0 = None,
         dictionaries: dict[str, Make] | None = None,
+        controls: AskedControls = None,
     ) -> None:
         """Describes the training; dictionaries are built once the width of the data is known.
 
@@ -86,25 +88,24 @@ class SparseAutoencoderModule(lightning.LightningModule):
             row_sparse_adam: Adam skips latents without a part in a step; pays where few of many fire.
             target_l0: latents per row, where the dictionary leaves them out; auto = from the data.
             dictionaries: several kinds with their arguments by name, instead of `dictionary`.
+            controls: what keeps its random start: decoder, soft_decoder or encoder; of several, by name.
 
         Raises:
             InputError: for a value out of range.
         """
         super().__init__()
         self.pace = Pace(lr, warmup_steps, decay_share, ema_decay, row_sparse_adam)
-        self.pace.check()
         ways = None if revival is None else tuple(revival)
         l0_start = 1.0 if l0_start is None and init_from is not None else l0_start
         losses = (auxk_coefficient, pre_act_coefficient)
         self.recipe = Recipe(ways, *losses, resample_every, dead_after_tokens, l0_start)
-        self.recipe.check()
-        self.beginning = Beginning(start, whiten, init_from)
-        self.beginning.check()
-        self.target_l0 = TargetL0(target_l0)
+        self.beginning, self.target_l0 = Beginning(start, whiten, init_from), TargetL0(target_l0)
+        for settings in (self.pace, self.recipe, self.beginning):
+            settings.check()
         self.makes = self.target_l0.filled_all(named(dictionary, dictionaries))
+        self.controls = Controls(controls).checked(self.makes, self.recipe)
         self.learners, self.held_out = nn.ModuleDict(), HeldOut()
-        self._with_averages = ExitStack()
-        self._group, self.planned_steps = ALONE, 0
+        self._with_averages, self._group, self.planned_steps = ExitStack(), ALONE, 0
         self.asked_to_stop = self.asked_to_requeue = self.stopping = self.requeueing = False
 
     @property
@@ -154,13 +155,14 @@ class SparseAutoencoderModule(lightning.LightningModule):
             self.build(1)
 
     def build(self, d_model: int) -> dict[str, SparseAutoencoder]:
-        """Fresh dictionaries by name."""
+        """Fresh dictionaries by name; raises `InputError` for a kind that does not go with its control."""
         built = {}
         for name, make in self.makes.items():
             with torch.random.fork_rng(devices=[]):
                 # Each from the run's seed, whatever a harvest or another one has drawn from the generator.
                 torch.manual_seed(torch.initial_seed())
                 built[name] = make(d_model)
+            self.controls.recipe_of(name, built[name], self.recipe)
         return built
 
     @property
@@ -174,24 +176,17 @@ class SparseAutoencoderModule(lightning.LightningModule):
             return
         check_trainer(self.trainer)
         for name, dictionary in self.build(self.rows.d_model).items():
-            self.beginning.begin(dictionary, self.rows, self.recipe)
-            self.learners[name] = Learner(dictionary, self.recipe, self.pace.ema_decay)
+            recipe = self.controls.recipe_of(name, dictionary, self.recipe)
+            self.beginning.begin(dictionary, self.rows, recipe)
+            self.learners[name] = Learner(dictionary, recipe, self.pace.ema_decay, self.controls.of(name))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Says of what kinds the dictionaries are."""
-        checkpoint["dictionary"] = self._describe()
+        checkpoint["dictionary"] = described(self.dictionaries)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises `InputError` for the checkpoint of other dictionaries."""
-        found, mine = checkpoint.get("dictionary"), self._describe()
-        if found != mine:
-            raise InputError(
-                f"the checkpoint is of {found}, this run trains {mine}; start over with `--fresh`."
-            )
-
-    def _describe(self) -> str:
-        found = [f"{name}={type(d).__name__}({d.extra_repr()})" for name, d in self.dictionaries.items()]
-        return ", ".join(found).removeprefix(f"{SINGLE}=")
+        check_described(checkpoint.get("dictionary"), self.dictionaries)
 
     def on_fit_start(self) -> None:
         """Settles what depends on the length of the run."""

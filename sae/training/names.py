@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -58,6 +58,18 @@ def check_names(names: Iterable[str]) -> None:
             )
         if name == SINGLE or hasattr(nn.ModuleDict(), name):
             raise InputError(f"`model.dictionaries` has {name!r}, a name that is taken; choose another.")
+
+
+def described(dictionaries: Mapping[str, SparseAutoencoder]) -> str:
+    """What a checkpoint says of the dictionaries in it: their names, kinds and arguments."""
+    found = [f"{name}={type(d).__name__}({d.extra_repr()})" for name, d in dictionaries.items()]
+    return ", ".join(found).removeprefix(f"{SINGLE}=")
+
+
+def check_described(found: str | None, dictionaries: Mapping[str, SparseAutoencoder]) -> None:
+    """Raises `InputError` where a checkpoint says something else."""
+    if found != (mine := described(dictionaries)):
+        raise InputError(f"the checkpoint is of {found}, this run trains {mine}; start over with `--fresh`.")
 
 
 def curve(stage: str, name: str, quantity: str = "") -> str:

@@ -1,14 +1,18 @@
 """Loading, and the unembedding with the final norm folded in."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from sae.activations import ActivationDataModule, Source, harvest
 from sae.activations.hookpoints import residuals
 from sae.activations.language_model import (
     LanguageModel,
     final_norm,
+    language_model_of,
     load_language_model,
     norm_gain,
     separator_id,
@@ -161,6 +165,77 @@ def test_weights_hash_sees_one_changed_number():
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-3
     assert weights_hash(model) != before
+
+
+# --- random weights in place of the trained ones
+
+
+def test_random_weights_are_those_of_their_seed_and_not_the_trained_ones():
+    state = torch.random.get_rng_state()
+    first, again, other = (load_language_model("demo", "cpu", seed) for seed in (3, 3, 4))
+    assert torch.equal(state, torch.random.get_rng_state())  # nothing is drawn from the run's generator
+    trained = load_language_model("demo")
+    hashes = [weights_hash(found.model) for found in (first, again, other, trained)]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    assert type(first.model) is type(trained.model) and not first.model.training
+    assert not any(p.requires_grad for p in first.model.parameters())
+    assert first.tokenizer.get_vocab() == trained.tokenizer.get_vocab()
+    of_trained = dict(trained.model.named_parameters())
+    for name, p in first.model.named_parameters():
+        assert p.shape == of_trained[name].shape and p.dtype == of_trained[name].dtype, name
+    standard_deviation = first.model.get_input_embeddings().weight.std().item()
+    assert standard_deviation == pytest.approx(first.model.config.initializer_range, rel=0.02)
+
+
+def test_random_weights_need_no_trained_ones_and_have_the_configured_dtype(tmp_path, byte_tokenizer):
+    CAUSAL["gpt_neox"]().half().save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model = load_language_model(str(tmp_path), "cpu", 0).model
+    assert type(model).__name__ == "GPTNeoXForCausalLM" and model.dtype == torch.float16
+    x = residuals(model, torch.randint(50, (2, 7)), ["resid.1"])["resid.1"]
+    assert x.isfinite().all() and x.std() > 0
+
+
+@pytest.fixture(scope="module")
+def of_random(tmp_path_factory, text_file):
+    """A cache of the demo model with random weights, and what it was made from."""
+    source = Source(dataset=str(text_file), n_tokens=2000, context_length=32, held_out=0.2, random_weights=3)
+    return harvest(source, tmp_path_factory.mktemp("random") / "cache"), source
+
+
+def test_a_cache_of_random_weights_says_so_and_finds_them_again(of_random):
+    cache, _ = of_random
+    assert cache.manifest["model"] == "demo with random weights of seed 3"
+    assert cache.manifest["tokenizer"] == "demo"
+    found = language_model_of(cache.manifest).model
+    assert weights_hash(found) == cache.manifest["model_hash"]
+    assert weights_hash(found) == weights_hash(load_language_model("demo", "cpu", 3).model)
+    rows = torch.cat([batch.x for batch in cache.batches("held_out", "resid.2", 512)])
+    assert rows.isfinite().all() and rows.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("seed", "told"),
+    [
+        (None, r"differs in random_weights \(cache: 3, config: None\)"),
+        (4, r"differs in random_weights \(cache: 3, config: 4\)"),
+    ],
+)
+def test_a_cache_of_random_weights_is_no_cache_of_others(of_random, seed, told):
+    cache, source = of_random
+    data = ActivationDataModule(str(cache.location), replace(source, random_weights=seed), batch_size=64)
+    with pytest.raises(InputError, match=told):
+        data.prepare_data()
+    with pytest.raises(InputError, match="holds the cache of another source"):
+        harvest(replace(source, random_weights=seed), cache.location)
+    ActivationDataModule(str(cache.location), source, batch_size=64).prepare_data()
+
+
+def test_a_cache_of_trained_weights_is_no_cache_of_random_ones(tiny_cache, tiny_source):
+    source = replace(tiny_source, random_weights=0)
+    with pytest.raises(InputError, match=r"differs in random_weights \(cache: None, config: 0\)"):
+        ActivationDataModule(str(tiny_cache.location), source, batch_size=64).prepare_data()
 
 
 def test_model_that_cannot_be_loaded_is_an_error(tmp_path):

@@ -63,10 +63,23 @@ def test_contexts_of_one_token_that_would_hold_nothing_are_an_error(flag):
     Source(context_length=1).check()
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_an_error(seed):
+    with pytest.raises(InputError, match=f"`random_weights` must be a seed of at least 0, got {seed}"):
+        Source(random_weights=seed).check()
+    Source(random_weights=0).check()
+
+
+def test_no_other_weights_go_by_the_name_of_the_model():
+    assert Source(model="m").model_name == "m"
+    assert Source(model="m", random_weights=3).model_name == "m with random weights of seed 3"
+
+
 def test_identity_is_everything_that_shards_depend_on():
     source = Source(n_tokens=7)
     assert source.identity() == dataclasses.replace(source, non_finite="skip").identity()
     assert source.identity() == dataclasses.replace(source, disk="50GB").identity()
+    assert "random_weights" not in source.identity()  # as in caches of earlier versions
     other = {
         "model": "m",
         "dataset": "d",
@@ -78,6 +91,7 @@ def test_identity_is_everything_that_shards_depend_on():
         "bos_in_every_context": True,
         "exclude_first_position": True,
         "exclude_special_tokens": True,
+        "random_weights": 0,
     }
     assert set(other) | {"disk", "non_finite"} == {field.name for field in dataclasses.fields(Source)}
     for name, value in other.items():

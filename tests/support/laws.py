@@ -51,7 +51,8 @@ VARIANTS = {
 
 def write_run(folder, cache, kind="TopK", baselines=True, model=None, **trainer):
     """A configuration of a short run in `folder` / run, in which latents die and are revived."""
-    nmf = {"n_components": 8, "curve": [4], "max_rows": 1500}
+    # Not kept with the cache: every run has to fit it.
+    nmf = {"n_components": 8, "curve": [4], "max_rows": 1500, "keep": False}
     listed = [
         {"class_path": "PCABaseline", "init_args": {"curve": [2]}},
         {"class_path": "NMFBaseline", "init_args": nmf},

@@ -1,0 +1,110 @@
+"""Counts almost-orthogonal directions: of random packings by dimension, or those of a dictionary.
+
+    python scripts/almost_orthogonal.py
+    python scripts/almost_orthogonal.py --dimensions 64 96 128 --epsilon 0.2 0.25 0.3 --learn
+    python scripts/almost_orthogonal.py --dictionary runs/quickstart --epsilon 0.1 0.2 0.3
+
+Without --dictionary: how many directions a greedy packing of random ones reaches in d dimensions, beside what
+is proved and the d of a basis, and c in count = exp(c epsilon² d) over the d that --cap did not cut. --learn
+also plants some of them in sparse mixtures and learns them back. With --dictionary: the geometry of its
+directions and the largest almost-orthogonal subset found, both beside random directions of the same shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import sae
+from sae.errors import InputError
+from sae.exits import exit_on_input_error
+from sae.ops.almost_orthogonal import sizes_by_epsilon
+from sae.ops.capacity import greedy_lower_bound, random_signs_lower_bound, upper_bound
+from sae.ops.geometry import geometry_of, random_rows
+from sae.studies.planted_capacity import DIMENSIONS, dictionary_learning, fit_exponential, planted_sweep
+
+
+def main(args: list[str] | None = None) -> None:
+    """Prints the table."""
+    given = _parser().parse_args(args)
+    if given.dictionary is not None:
+        _print_dictionary(given)
+        return
+    for epsilon in given.epsilon:
+        _print_sweep(given, epsilon)
+
+
+def _print_sweep(given: argparse.Namespace, epsilon: float) -> None:
+    heads = ("d", "basis", "found", "signs >=", "greedy >=", "at most", "recovered")
+    print(f"epsilon {epsilon:g}\n" + "".join(f"{head:>12}" for head in heads[: 6 + given.learn]))
+    points = []
+    learn = dictionary_learning if given.learn else None
+    for point in planted_sweep(
+        given.dimensions, epsilon, given.seed, given.patience, given.cap, learn, device=given.device
+    ):
+        points.append(point)
+        bounds = [bound(point.d, epsilon) for bound in (random_signs_lower_bound, greedy_lower_bound)]
+        bounds.append(upper_bound(point.d, epsilon))
+        found = f"{point.found:,}" if point.is_full else f">{point.found:,}"
+        shown = f"{point.d:>12}{point.d:>12}{found:>12}" + "".join(f"{bound:>12.4g}" for bound in bounds)
+        print(shown + (f"{f'{point.recovered}/{point.planted}':>12}" if given.learn else ""), flush=True)
+    full = [point for point in points if point.is_full]
+    if len(full) < 3:
+        print(f"only {len(full)} packings are full: no fit; raise --cap or lower --dimensions.\n")
+        return
+    fit = fit_exponential([point.d for point in full], [point.found for point in full], epsilon)
+    print(
+        f"count = exp({fit.intercept:.2f} + c epsilon² d), c = {fit.c:.3f} (90 %: {fit.c_low:.3f} to"
+        f" {fit.c_high:.3f}; the proved bound's: {fit.c_greedy:.3f}) over {len(full)} d;\n"
+        f"residual of log count {fit.residual:.3f}, against {fit.linear_residual:.3f} for count ∝ d.\n"
+    )
+
+
+def _print_dictionary(given: argparse.Namespace) -> None:
+    directions = sae.load(given.dictionary).directions.to(given.device)
+    alive = directions[directions.norm(dim=1) > 0]
+    n, d = alive.shape
+    null = random_rows(n, d, torch.Generator().manual_seed(given.seed)).to(given.device)
+    print(f"{n:,} directions in {d} dimensions\n{'':>24}{'dictionary':>14}{'random':>14}")
+    learned, random = geometry_of(alive), geometry_of(null)
+    for name in (
+        "nearest_mean",
+        "coherence",
+        "welch",
+        "frame_potential",
+        "effective_rank",
+        "antipodal_pairs",
+    ):
+        print(f"{name:>24}{getattr(learned, name):>14.4g}{getattr(random, name):>14.4g}")
+    print(f"\nlargest subset found with |cos| < epsilon (a basis: {d})")
+    for size in sizes_by_epsilon(alive, given.epsilon, seed=given.seed):
+        print(f"{size.epsilon:>24g}{size.found:>14,}{size.random:>14,}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InputError(
+            f"`device` must be one that torch knows, such as cpu or cuda, got {name}."
+        ) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--dictionary", default=None, metavar="RUN", help="A run, or a dictionary's folder.")
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[0.25], help="Bounds on |cos|.")
+    parser.add_argument("--dimensions", type=int, nargs="+", default=list(DIMENSIONS), metavar="D")
+    parser.add_argument("--patience", type=int, default=1000, help="Rejections in a row that end a packing.")
+    parser.add_argument("--cap", type=int, default=20_000, help="The most directions of a packing.")
+    parser.add_argument("--learn", action="store_true", help="Plants and learns up to 512 of them at each d.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=_device, default=torch.device("cpu"))
+    return parser
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)

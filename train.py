@@ -68,7 +68,7 @@ def run(cli: SaeCLI) -> None:
         cli.datamodule.prepare_data()  # makes the cache, by all ranks that torchrun or srun started
         check_data(cli)
         train(cli, checkpoint)
-    report(folder)
+    report(folder, cli.config.report)
 
 
 @rank_zero_only
@@ -97,11 +97,11 @@ def train(cli: SaeCLI, checkpoint: Path | None) -> None:
 
 
 @rank_zero_only
-def report(folder: Path) -> None:
-    """Prints the comparison and the clearest latents, and writes the reports where they are due."""
+def report(folder: Path, latents: bool) -> None:
+    """Prints the comparison, and with `latents` also the clearest ones, and writes reports that are due."""
     print(f"\n{summary(folder)}\n")
     names = dictionary_names(read_config(folder))
-    for name in names:
+    for name in names if latents else ():
         report_one(folder, None if name == SINGLE else name)
     made = "dictionary/" if names == [SINGLE] else f"dictionaries/{{{','.join(names)}}}/"
     print(f"{folder} holds metrics.json, {made}, and curves for `tensorboard --logdir {folder}`.")

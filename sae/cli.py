@@ -27,6 +27,7 @@ from sae.callbacks import (  # the baselines for their short names
     AgainstTheTruth,
     Agreement,
     Checkpoints,
+    CodeScores,
     NMFBaseline,
     PCABaseline,
     ProgressFile,
@@ -36,6 +37,7 @@ from sae.callbacks import (  # the baselines for their short names
     Throughput,
     TrainingBar,
 )
+from sae.callbacks.baselines import check_names
 from sae.checkpoints import WholeCheckpoints
 from sae.errors import InputError
 from sae.files import write_atomically
@@ -121,6 +123,9 @@ class SaeCLI(LightningCLI):
             help="Steps between checkpoints: what a killed process loses at most.",
         )
         parser.add_argument(
+            "--report", type=bool, default=True, help="Read the latents and write the report at the end."
+        )
+        parser.add_argument(
             "--plan.show",
             type=bool,
             default=False,
@@ -171,6 +176,7 @@ class SaeCLI(LightningCLI):
             ChooseL0(root),
             Throughput(),
             SplicedLoss(),
+            CodeScores(),
             AgainstTheTruth(),
             self.run_files,
             TensorBoardPanels(),
@@ -179,7 +185,9 @@ class SaeCLI(LightningCLI):
         if config.enable_checkpointing is not False:
             extra.append(Checkpoints(root / "checkpoints", self.config.checkpoint_every))
         listed = config.callbacks or []
-        callbacks = [self.agreement, *(listed if isinstance(listed, list) else [listed]), *extra]
+        listed = listed if isinstance(listed, list) else [listed]
+        check_names(listed)
+        callbacks = [self.agreement, *listed, *extra]
         if config.enable_progress_bar is not False:
             callbacks.append(TrainingBar())
         self.config_init.trainer.enable_progress_bar = False  # Lightning's own: per pass, on standard output
@@ -206,7 +214,7 @@ class SaeCLI(LightningCLI):
         with only_trusted_classes(self._trusted):
             text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
         values = yaml.safe_load(text)
-        for name in ("fresh", "config", "plan"):  # of this call, not of the run
+        for name in ("fresh", "config", "plan", "report"):  # of this call, not of the run
             values.pop(name, None)
         return values
 

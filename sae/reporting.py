@@ -21,6 +21,8 @@ from sae.inspection.figures import (
     to_svg,
     training_curves,
 )
+from sae.inspection.geometry_page import geometry_page
+from sae.inspection.method_titles import method_title
 from sae.inspection.projector import write_projector
 from sae.inspection.report import ReportFacts, check_report_folder, report_source, write_report
 from sae.ops.geometry import nearest_neighbour_cosines
@@ -30,8 +32,8 @@ ABLATED = 16
 """Latents of which the measured effect is shown: so many of the clearest, and so many by chance."""
 
 COMPARED = (
-    "n_latents", "l0", "fvu", "ce_increase", "ce_increase_se", "ce_spliced", "kl", "cosine", "dead_fraction",
-    "truth_f1", "truth_mcc",
+    "n_latents", "l0", "bits_per_token", "fvu", "ce_increase", "ce_increase_se", "kl", "dead_fraction",
+    "purity", "purity_null", "cancellation", "stability", "fit_s", "truth_f1", "truth_mcc",
 )  # fmt: skip
 """Keys of metrics.json that the report's comparison shows."""
 
@@ -114,7 +116,7 @@ def _facts(run: Run, reading: Reading | None, unread: str) -> ReportFacts:
         facts.append(("evidence from", f"{reading.evidence.rows:,} train rows"))
     rows = {
         run.name or "SAE": metrics,
-        **{name.upper(): row for name, row in metrics.get("baselines", {}).items()},
+        **{method_title(name): row for name, row in metrics.get("baselines", {}).items()},
     }
     compared = [{"method": name, **{k: row.get(k) for k in COMPARED}} for name, row in rows.items() if row]
     of = Path(run.model).name if run.model else run.folder.name
@@ -128,6 +130,7 @@ def _facts(run: Run, reading: Reading | None, unread: str) -> ReportFacts:
         figures=_figures(run, reading, metrics),
         source="" if unread else _source(run),
         tokens_scored=metrics.get("ce_tokens"),
+        geometry=geometry_page(metrics["geometry"]) if metrics.get("geometry") else (),
     )
 
 

@@ -139,6 +139,18 @@ def read_metrics(folder: Path, name: str | None = None) -> dict[str, Any]:
     return metrics_of_each(metrics).get(name, {}) if name else metrics
 
 
+def finished_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json of a run that is finished.
+
+    Raises:
+        InputError: if it is not.
+    """
+    metrics = read_metrics(folder)
+    if not metrics.get("finished"):
+        raise InputError(f"{folder} holds no finished run; train it to its end first.")
+    return metrics
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration that a run was started with.
 

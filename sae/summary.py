@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sae.inspection.method_titles import method_title
 from sae.runs import read_metrics
 from sae.training.names import SINGLE, metrics_of_each
 
@@ -43,7 +44,7 @@ def _table(heading: str, several: dict[str, dict[str, Any]], columns: Sequence[_
     lines = [f"{heading:<14}" + "".join(f"{title:>{width}}" for title, _, width, _ in columns)]
     for name, own in several.items():
         rows = {"SAE" if name == SINGLE else name: own}
-        rows |= {baseline.upper(): row for baseline, row in own["baselines"].items()}
+        rows |= {method_title(baseline): row for baseline, row in own["baselines"].items()}
         for method, row in rows.items():
             cells = [_cell(row.get(key), width, form) for _, key, width, form in columns]
             lines.append(f"{_fitted(method, indented=row is not own and len(several) > 1)}" + "".join(cells))
@@ -71,9 +72,11 @@ _COLUMNS: tuple[_Column, ...] = (
     ("median", "fvu_median", 9, ".4f"),
     ("L0", "l0", 8, ".2f"),
     ("dead", "dead_fraction", 8, ".1%"),
-    ("cosine", "cosine", 8, ".4f"),
     ("CE +nats", "ce_increase", 10, ".4f"),
     ("KL", "kl", 8, ".4f"),
+    ("purity", "purity", 8, ".3f"),
+    ("null", "purity_null", 6, ".3f"),
+    ("bits", "bits_per_token", 6, ".0f"),
     ("directions", "n_latents", 12, ","),
 )
 _TRUTH: tuple[_Column, ...] = (  # F1 and MCC between chance (0) and the truth (1)

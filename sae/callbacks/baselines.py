@@ -1,11 +1,14 @@
-"""PCA and NMF beside the autoencoder: fitted on the same rows, scored on the same held-out rows."""
+"""A baseline beside the autoencoder: fitted on the same rows, scored on the same held-out rows."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
 
 import lightning
 import torch
@@ -15,11 +18,15 @@ from tqdm import tqdm
 
 from sae.activations import ActivationDataModule
 from sae.activations.cache import RowBatch
-from sae.baselines import NMF, PCA, Baseline
+from sae.activations.cache.places import is_url
+from sae.baselines import Baseline
+from sae.baselines.kept import keep, kept
+from sae.dictionaries import Dictionary
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
 from sae.ops.metrics import ReconstructionMetrics, ReconstructionScores
 from sae.ops.sparse import SparseLatents
+from sae.ops.stability import share_found_again
 from sae.training import SparseAutoencoderModule
 from sae.training.names import SINGLE, curve
 
@@ -29,13 +36,22 @@ class BaselineCallback(lightning.Callback):
 
     At the autoencoder's own L0: unit atoms, the same mean, k = round(l0) coefficients a row. Scores go
     to `baseline/<name>/...` in the logs and to `metrics()["baselines"][<name>]`. Where several dictionaries
-    are trained it is fitted once, and scored at the L0 of each.
+    are trained it is fitted once, and scored at the L0 of each. A fit is kept in `baselines/` in the cache's
+    folder, by a hash of the rows and of the settings, for whatever run asks for the same one; not where the
+    cache is behind a URL or comes and goes, or its folder cannot be written to.
     """
 
     name: str
 
-    def __init__(self, n_components: int | None, curve: list[int] | None, max_rows: int) -> None:
-        for argument, value in (("max_rows", max_rows), ("n_components", n_components)):
+    def __init__(
+        self,
+        n_components: int | None,
+        curve: list[int] | None,
+        max_rows: int,
+        seeds: int = 1,
+        keep: bool = True,
+    ) -> None:
+        for argument, value in (("max_rows", max_rows), ("n_components", n_components), ("seeds", seeds)):
             if value is not None and value < 1:
                 raise InputError(f"`{argument}` must be at least 1, got {argument}={value}.")
         if curve is not None and any(r < 1 for r in curve):
@@ -43,7 +59,14 @@ class BaselineCallback(lightning.Callback):
         self._n_components = n_components
         self._curve_at = curve
         self._max_rows = max_rows
-        self._settings = {"n_components": n_components, "curve": curve, "max_rows": max_rows}
+        self._seeds, self._keep = seeds, keep
+        self._settings: dict[str, Any] = {
+            "n_components": n_components,
+            "curve": curve,
+            "max_rows": max_rows,
+            "seeds": seeds,
+        }
+        self._stability: float | None = None
         self._fitted: Baseline | None = None
         self._fit_s = 0.0
         self._curve: dict[str, float | None] = {}
@@ -51,13 +74,20 @@ class BaselineCallback(lightning.Callback):
         self._at: dict[str, int] = {}
         self._logged_at: int | None = None
 
+    @property
+    def state_key(self) -> str:
+        """Of the checkpoint's part: several baselines of one class differ by their names."""
+        return f"{type(self).__qualname__}-{self.name}"
+
     def state_dict(self) -> dict[str, Any]:
         """The fit and its scores, so that a resumed run need not fit again."""
         return {
             "settings": self._settings,
             "fitted": None if self._fitted is None else self._fitted.state_dict(),
-            "shape": None if self._fitted is None else [self._fitted.d_model, self._fitted.n_latents],
+            "kind": type(self._fitted).__name__,
+            "config": None if self._fitted is None else self._fitted.config,
             "fit_s": self._fit_s,
+            "stability": self._stability,
             "curve": self._curve,
             "scores": {k: scores._asdict() for k, scores in self._scores.items()},
             "logged_at": self._logged_at,
@@ -67,15 +97,20 @@ class BaselineCallback(lightning.Callback):
         """Takes them, unless the baseline has been described anew since."""
         if state_dict["fitted"] is None or state_dict["settings"] != self._settings:
             return
-        self._fitted = self.make(*state_dict["shape"])
+        kind = Dictionary.kinds[state_dict["kind"]]
+        self._fitted = cast(Baseline, kind(**state_dict["config"]))
         self._fitted.load_state_dict(state_dict["fitted"])
         self._fit_s, self._curve = state_dict["fit_s"], state_dict["curve"]
+        self._stability = state_dict["stability"]
         self._scores = {k: ReconstructionScores(**scores) for k, scores in state_dict["scores"].items()}
         self._logged_at = state_dict["logged_at"]
 
     @abstractmethod
-    def make(self, d_model: int, n_components: int | None) -> Baseline:
+    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
         """A fresh baseline."""
+
+    def prepare(self, pl_module: SparseAutoencoderModule) -> None:
+        """Takes what the baseline has to know of the autoencoders before it is made."""
 
     @property
     def baseline(self) -> Baseline:
@@ -107,6 +142,7 @@ class BaselineCallback(lightning.Callback):
             "n_latents": self._fitted.n_latents,
             "k": self._at[name],
             "fit_s": round(self._fit_s, 2),
+            "stability": self._stability,
             "fvu_by_components": self._curve,
         }
         return {"baselines": {self.name: scores | extra}}
@@ -118,15 +154,25 @@ class BaselineCallback(lightning.Callback):
             self._fitted.to(device)
             return
         group = Group.of_training(device)
+        self.prepare(pl_module)
         curve_at = [data.d_model // part for part in (8, 4, 2)] if self._curve_at is None else self._curve_at
         numbers = [self._n_components, *sorted({max(1, r) for r in curve_at})]
+        others = []
         hidden = not trainer.is_global_zero
-        for r in tqdm(numbers, desc=f"fit {self.name}", leave=False, disable=hidden):
-            begin = time.perf_counter()
-            fitted = self._fit(data, r, device, group)
-            if self._fitted is None:
-                self._fitted, self._fit_s = fitted, time.perf_counter() - begin
-            self._curve[str(fitted.n_latents)] = _score(fitted, data, None, group).fvu
+        total, bar_text = len(numbers) + self._seeds - 1, f"fit {self.name}"
+        with tqdm(total=total, desc=bar_text, leave=False, disable=hidden) as bar:
+            for r in numbers:
+                fitted, seconds = self._fit(data, r, device, group)
+                if self._fitted is None:
+                    self._fitted, self._fit_s = fitted, seconds
+                self._curve[str(fitted.n_latents)] = _score(fitted, data, None, group).fvu
+                bar.update()
+            for seed in range(1, self._seeds):
+                others.append(self._fit(data, self._n_components, device, group, seed)[0])
+                bar.update()
+        if others:
+            found = [share_found_again(self.baseline.directions, other.directions) for other in others]
+            self._stability = sum(found) / len(found)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Scores the baseline at the L0 that the autoencoder has now."""
@@ -154,59 +200,47 @@ class BaselineCallback(lightning.Callback):
                 logger.log_metrics(points, trainer.global_step)
 
     def _fit(
-        self, data: ActivationDataModule, n_components: int | None, device: torch.device, group: Group = ALONE
-    ) -> Baseline:
-        baseline = self.make(data.d_model, n_components).to(device)
-        return baseline.fit(_TrainRows(data, self._max_rows, device), data.moments, group)
+        self,
+        data: ActivationDataModule,
+        n_components: int | None,
+        device: torch.device,
+        group: Group = ALONE,
+        seed: int = 0,
+    ) -> tuple[Baseline, float]:
+        """A fitted baseline, and the seconds that it took, now or when it was fitted."""
+        # With the run's seed, as the autoencoders: runs of several seeds say how much it matters.
+        seed = (torch.initial_seed() + seed) % 2**31
+        baseline = self.make(data.d_model, n_components, seed).to(device)
+        about = {
+            "kind": type(baseline).__name__,
+            "config": baseline.config,
+            "rows": self._max_rows,
+            "hookpoint": data.hookpoint,
+            "cache": hashlib.sha256(json.dumps(data.cache.manifest["shards"]).encode()).hexdigest(),
+        }
+        passing = data.cache.is_rolling or is_url(data.cache.location)
+        folder = None if passing or not self._keep else Path(data.cache.location)
+        found = None if folder is None else kept(folder, about)
+        missing = group.any(found is None)  # on any rank: then all fit
+        if found is not None and not missing:
+            return found.baseline.to(device), found.fit_s
+        begin = time.perf_counter()
+        baseline.fit(_TrainRows(data, self._max_rows, device), data.moments, group)
+        seconds = time.perf_counter() - begin
+        if folder is not None and group.rank == 0:
+            keep(baseline, folder, about, seconds)
+        return baseline, seconds
 
 
-class PCABaseline(BaselineCallback):
-    """Principal components, exact from the cache's second moments.
-
-    At equal L0 a row keeps its k largest coefficients among all components.
-    """
-
-    name = "pca"
-
-    def __init__(self, n_components: int | None = None, curve: list[int] | None = None) -> None:
-        """Describes the baseline.
-
-        Args:
-            n_components: components to choose the k largest coefficients from; null = d_model.
-            curve: numbers of components for FVU against components (all of them used per row);
-                null = d_model / 8, / 4, / 2.
-        """
-        super().__init__(n_components, curve, max_rows=1)
-
-    def make(self, d_model: int, n_components: int | None) -> Baseline:
-        """A PCA."""
-        return PCA(d_model, n_components)
-
-
-class NMFBaseline(BaselineCallback):
-    """Non-negative matrix factorisation of the rows split into positive and negative parts.
-
-    At equal L0 a row is coded by non-negative orthogonal pursuit of k atoms.
-    """
-
-    name = "nmf"
-
-    def __init__(
-        self, n_components: int | None = None, curve: list[int] | None = None, max_rows: int = 100_000
-    ) -> None:
-        """Describes the baseline.
-
-        Args:
-            n_components: atoms; null = d_model.
-            curve: numbers of atoms for FVU against components (all of them used per row); null =
-                d_model / 8, / 4, / 2.
-            max_rows: rows that it is fitted on, a random sample of the train split.
-        """
-        super().__init__(n_components, curve, max_rows)
-
-    def make(self, d_model: int, n_components: int | None) -> Baseline:
-        """An NMF."""
-        return NMF(d_model, n_components or d_model)
+def check_names(callbacks: Iterable[object]) -> None:
+    """Raises `InputError` where two baselines have one name, under which their scores would be kept."""
+    names = [callback.name for callback in callbacks if isinstance(callback, BaselineCallback)]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"`trainer.callbacks` has {names.count(name)} baselines named {name}; list one of each, or in"
+                " runs of their own."
+            )
 
 
 class _TrainRows:

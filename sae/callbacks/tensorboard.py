@@ -32,6 +32,12 @@ AT_EQUAL_L0 = {
 AT_THE_END = {
     "ce_increase": "CE increase (nats)",
     "kl": "KL (nats)",
+    "bits_per_token": "bits per token",
+    "purity": "token purity",
+    "purity_null": "token purity by chance",
+    "cancellation": "cancellation",
+    "stability": "seed stability",
+    "fit_s": "time to fit (s)",
     "truth_f1": "F1 against the truth",
     "truth_mcc": "MCC against the truth",
 }
@@ -107,7 +113,7 @@ class TensorBoardPanels(lightning.Callback):
 def _measured(writer: SummaryWriter, name: str, metrics: dict[str, Any], step: int) -> dict[str, str]:
     """Draws what was measured at the end; gives the titles of all that is known."""
     methods = {"test": metrics} | {f"baseline/{n}": row for n, row in metrics["baselines"].items()}
-    measured = [key for key in AT_THE_END if metrics.get(key) is not None]
+    measured = [key for key in AT_THE_END if any(row.get(key) is not None for row in methods.values())]
     for prefix, row in methods.items():
         for key in measured:
             if row.get(key) is not None:
@@ -152,13 +158,17 @@ def _add_figures(
     cosines: Tensor,
     step: int,
 ) -> None:
-    from sae.inspection import figures  # matplotlib takes a second to import
+    from sae.inspection import comparison_figures, figures  # matplotlib takes a second to import
+
+    geometry = metrics.get("geometry")
 
     drawn = {
         "fvu_by_components": figures.fvu_by_components(metrics),
         "methods_at_equal_l0": figures.methods_at_equal_l0(metrics),
         "densities": None if densities is None else figures.density_histogram(densities),
         "nearest_neighbours": figures.neighbour_histogram(cosines),
+        "neighbours_of_sets": comparison_figures.neighbours_of_sets(geometry) if geometry else None,
+        "almost_orthogonal_sets": comparison_figures.almost_orthogonal_sets(geometry) if geometry else None,
         "training_curves": figures.training_curves(
             Path(writer.get_logdir()), None if name == SINGLE else name
         ),

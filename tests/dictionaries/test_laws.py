@@ -55,6 +55,12 @@ MAKERS = {
     **{name: partial(_autoencoder, Dictionary.kinds[name]) for name in ARGUMENTS},
     "PCA": lambda: _fitted(sae.PCA(D)),
     "NMF": lambda: _fitted(sae.NMF(D, D)),
+    "SemiNMF": lambda: _fitted(sae.baselines.SemiNMF(D, N, tolerance=0.05)),
+    "ICA": lambda: _fitted(sae.baselines.ICA(D, tolerance=0.5)),
+    "KMeans": lambda: _fitted(sae.baselines.KMeans(D, N, tolerance=0.05)),
+    "DictionaryLearning": lambda: _fitted(sae.baselines.DictionaryLearning(D, N, K, tolerance=0.5)),
+    "NaturalBasis": lambda: _fitted(sae.baselines.NaturalBasis(D)),
+    "RandomDirections": lambda: _fitted(sae.baselines.RandomDirections(D, N)),
     "Refined": lambda: sae.Refined.of(_autoencoder(sae.TopK)),
 }
 
@@ -154,7 +160,12 @@ def test_d_model_is_the_first_argument_of_every_kind(dictionary):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_latents_or_no_width_is_an_error(name):
-    kind, extra = Dictionary.kinds[name], {"k": 1} if name == "Refined" else ARGUMENTS.get(name, {})
+    kind = Dictionary.kinds[name]
+    extra = {"k": 1} if name in ("Refined", "DictionaryLearning") else ARGUMENTS.get(name, {})
+    if name == "NaturalBasis":  # has no such argument: as many as the rows are wide
+        with pytest.raises(InputError, match="`d_model` must be"):
+            kind(0)
+        return
     with pytest.raises(InputError, match="`n_latents` must be"):
         kind(D, n_latents=0, **extra)
     with pytest.raises(InputError, match="`d_model` must be"):

@@ -1,7 +1,7 @@
 /* Pages of the report by the address after #, so that Back works and every page can be linked. */
 
 const view = (name) => document.getElementById(`view-${name}`);
-const views = ["overview", "latents", "latent", "method"].filter(view); // without latents, two of them
+const views = ["overview", "latents", "latent", "geometry", "method"].filter(view); // without latents, two of them
 const failure = document.getElementById("failure");
 let table = null;
 
@@ -31,7 +31,7 @@ async function route(event) {
   }
   failure.hidden = true;
   const title = document.body.dataset.title;
-  const names = { overview: "", latents: "Latents – ", method: "Method – ", latent: `${nameOfLatent(number)} – ` };
+  const names = { overview: "", latents: "Latents – ", geometry: "Geometry – ", method: "Method – ", latent: `${nameOfLatent(number)} – ` };
   document.title = names[shown] + title;
   window.scrollTo(0, 0);
   try {

@@ -46,10 +46,27 @@ _COLUMNS = {
     "kl": "KL, nats",
     "cosine": "cosine",
     "dead_fraction": "dead",
+    "bits_per_token": "bits per token",
+    "purity": "token purity",
+    "purity_null": "purity by chance",
+    "cancellation": "cancelled",
+    "stability": "found again",
+    "fit_s": "seconds to fit",
     "truth_f1": "F1 (chance 0, truth 1)",
     "truth_mcc": "MCC (chance 0, truth 1)",
 }
 _MODEL_LOSS = {"ce_clean": "as it is", "ce_mean_ablated": "with the activations replaced by their mean"}
+
+
+class Grid(NamedTuple):
+    """A table and a figure that belong together."""
+
+    title: str
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    svg: str
+    """Our own: it is inserted as it is."""
 
 
 class ReportFacts(NamedTuple):
@@ -70,6 +87,8 @@ class ReportFacts(NamedTuple):
     """What the report was made from, e.g. a run's folder; `report_source` reads it back."""
     tokens_scored: int | None = None
     """Held-out tokens that cross entropy was measured on."""
+    geometry: tuple[Grid, ...] = ()
+    """Tables and figures of how the directions lie; a page of their own."""
 
 
 def report_source(folder: Path) -> str | None:
@@ -230,6 +249,7 @@ def _page(facts: ReportFacts, n_latents: int, version: str) -> str:
         rows=[[_cell(k, row.get(k)) for k in columns] for row in facts.comparison],
         losses=[(label, value) for label, value in losses if value is not None],
         figures=[(caption, svg[max(svg.find("<svg"), 0) :]) for caption, svg in facts.figures],
+        geometry=facts.geometry,
         enough=FEWEST_FIRINGS,
         css=(_HERE / "report.css").read_text(encoding="utf-8"),
         js="\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS),
@@ -242,8 +262,10 @@ def _cell(key: str, value: Any) -> str:
         return "\N{EN DASH}"
     if isinstance(value, str):
         return value
-    if key == "dead_fraction":
+    if key in ("dead_fraction", "cancellation", "stability"):
         return f"{value:.1%}".replace("%", " %")
     if key == "l0":
         return f"{value:.2f}".rstrip("0").rstrip(".")
+    if key in ("bits_per_token", "fit_s"):
+        return f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,257 @@
+"""The baselines that a configuration can list, each by one callback."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sae.baselines import (
+    ICA,
+    NMF,
+    PCA,
+    Baseline,
+    DictionaryLearning,
+    KMeans,
+    NaturalBasis,
+    RandomDirections,
+    SemiNMF,
+)
+from sae.callbacks.baselines import BaselineCallback
+from sae.errors import InputError
+from sae.training import SparseAutoencoderModule
+
+
+class PCABaseline(BaselineCallback):
+    """Principal components, exact from the cache's second moments.
+
+    At equal L0 a row keeps its k largest coefficients among all components.
+    """
+
+    name = "pca"
+
+    def __init__(self, n_components: int | None = None, curve: list[int] | None = None) -> None:
+        """Describes the baseline.
+
+        Args:
+            n_components: components to choose the k largest coefficients from; null = d_model.
+            curve: numbers of components for FVU against components (all of them used per row);
+                null = d_model / 8, / 4, / 2.
+        """
+        super().__init__(n_components, curve, max_rows=1, keep=False)
+
+    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+        """A PCA."""
+        return PCA(d_model, n_components)
+
+
+class NMFBaseline(BaselineCallback):
+    """Non-negative matrix factorisation, with one of four ways to make signed rows non-negative.
+
+    At equal L0 a row is coded by orthogonal pursuit of k atoms: non-negative where rows are split, of both
+    signs elsewhere. Named `nmf`, or `nmf_shift`, `nmf_stack`, `nmf_none`.
+    """
+
+    def __init__(
+        self,
+        n_components: int | None = None,
+        curve: list[int] | None = None,
+        max_rows: int = 100_000,
+        signs: Literal["split", "shift", "stack", "none"] = "split",
+        solver: Literal["online", "hals", "mu"] = "online",
+        seeds: int = 1,
+        keep: bool = True,
+    ) -> None:
+        """Describes the baseline.
+
+        Args:
+            n_components: atoms; null = d_model.
+            curve: numbers of atoms for FVU against components (all of them used per row); null =
+                d_model / 8, / 4, / 2.
+            max_rows: rows that it is fitted on, a random sample of the train split.
+            signs: split each row into its positive and negative part, shift by the lowest value of each
+                coordinate, stack both parts as rows, or none for rows that are non-negative.
+            solver: online with fading sums, or sweeps over all rows by hals or multiplicative updates (mu).
+            seeds: fits from so many starts, for `stability`; the first one is the baseline.
+            keep: whether fits are kept with the cache.
+        """
+        super().__init__(n_components, curve, max_rows, seeds, keep)
+        self._signs, self._solver = signs, solver
+        self.name = "nmf" if signs == "split" else f"nmf_{signs}"
+        self._settings |= {"signs": signs, "solver": solver}
+
+    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+        """An NMF."""
+        return NMF(d_model, n_components or d_model, seed=seed, signs=self._signs, solver=self._solver)
+
+
+class SemiNMFBaseline(BaselineCallback):
+    """Semi-NMF: atoms of either sign, coefficients that only add up; the decoder of an autoencoder."""
+
+    name = "semi_nmf"
+
+    def __init__(
+        self,
+        n_components: int | None = None,
+        curve: list[int] | None = None,
+        max_rows: int = 100_000,
+        seeds: int = 1,
+        keep: bool = True,
+    ) -> None:
+        """Describes the baseline.
+
+        Args:
+            n_components: atoms, more than d_model if you like; null = d_model.
+            curve: numbers of atoms for FVU against components; null = d_model / 8, / 4, / 2.
+            max_rows: rows that it is fitted on, a random sample of the train split.
+            seeds: fits from so many starts, for `stability`; the first one is the baseline.
+            keep: whether fits are kept with the cache.
+        """
+        super().__init__(n_components, curve, max_rows, seeds, keep)
+
+    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+        """A semi-NMF."""
+        return SemiNMF(d_model, n_components or d_model, seed=seed)
+
+
+class ICABaseline(BaselineCallback):
+    """Independent components; at equal L0 a row is coded by orthogonal pursuit of k of them."""
+
+    name = "ica"
+
+    def __init__(
+        self,
+        n_components: int | None = None,
+        curve: list[int] | None = None,
+        max_rows: int = 100_000,
+        seeds: int = 1,
+        keep: bool = True,
+    ) -> None:
+        """Describes the baseline.
+
+        Args:
+            n_components: independent components; null = d_model.
+            curve: numbers of components for FVU against components; null = none, as they are PCA's there.
+            max_rows: rows that it is fitted on, a random sample of the train split.
+            seeds: fits from so many starts, for `stability`; the first one is the baseline.
+            keep: whether fits are kept with the cache.
+        """
+        super().__init__(n_components, [] if curve is None else curve, max_rows, seeds, keep)
+
+    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+        """An ICA."""
+        return ICA(d_model, n_components, seed=seed)
+
+
+class KMeansBaseline(BaselineCallback):
+    """Centroids as atoms; at equal L0 a row is coded by non-negative pursuit of k of them."""
+
+    name = "kmeans"
+
+    def __init__(
+        self,
+        n_components: int | None = None,
+        max_rows: int = 100_000,
+        seeds: int = 1,
+        keep: bool = True,
+    ) -> None:
+        """Describes the baseline.
+
+        Args:
+            n_components: centroids; null = as many as the widest dictionary has latents.
+            max_rows: rows that it is fitted on, a random sample of the train split.
+            seeds: fits from so many starts, for `stability`; the first one is the baseline.
+            keep: whether fits are kept with the cache.
+        """
+        super().__init__(n_components, [], max_rows, seeds, keep)
+
+    def prepare(self, pl_module: SparseAutoencoderModule) -> None:
+        """Takes the width."""
+        self._n_components = self._n_components or _widest(pl_module)
+
+    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+        """A k-means."""
+        return KMeans(d_model, n_components or d_model, seed=seed)
+
+
+class DictionaryLearningBaseline(BaselineCallback):
+    """Dictionary learning with orthogonal matching pursuit: no encoder, no gradients, as wide as asked."""
+
+    def __init__(
+        self,
+        n_components: int | None = None,
+        k: int | None = None,
+        method: Literal["online", "ksvd"] = "online",
+        max_rows: int = 50_000,
+        seeds: int = 1,
+        keep: bool = True,
+    ) -> None:
+        """Describes the baseline.
+
+        Args:
+            n_components: atoms; null = as many as the widest dictionary has latents.
+            k: coefficients of a row while it learns; null = the first dictionary's k or target L0.
+            method: online (sums that forget) or ksvd (atom by atom).
+            max_rows: rows that it is fitted on, a random sample of the train split.
+            seeds: fits from so many starts, for `stability`; the first one is the baseline.
+            keep: whether fits are kept with the cache.
+        """
+        if k is not None and k < 1:
+            raise InputError(f"`k` must be at least 1, got k={k}.")
+        super().__init__(n_components, [], max_rows, seeds, keep)
+        self.name = "dictionary_learning" if method == "online" else method
+        self._method, self._k = method, k
+        self._settings |= {"method": method, "k": k}
+
+    def prepare(self, pl_module: SparseAutoencoderModule) -> None:
+        """Takes width and k."""
+        self._n_components = self._n_components or _widest(pl_module)
+        first = next(iter(pl_module.dictionaries.values()))
+        own = getattr(first, "k", None) or getattr(first, "target_l0", None)
+        if self._k is None and own is None:
+            raise InputError(
+                f"`k` of {self.name} must be given: {type(first).__name__} has no L0 of its own."
+            )
+        self._k = self._k or max(1, round(own))
+
+    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+        """A learned dictionary."""
+        n = n_components or d_model
+        return DictionaryLearning(d_model, n, min(self._k or 1, n), method=self._method, seed=seed)
+
+
+class NaturalBaseline(BaselineCallback):
+    """The coordinates of the residual stream themselves; a row keeps its k largest."""
+
+    name = "natural"
+
+    def __init__(self) -> None:
+        super().__init__(None, [], max_rows=100_000)
+
+    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+        """The natural basis."""
+        return NaturalBasis(d_model)
+
+
+class RandomBaseline(BaselineCallback):
+    """Random directions, coded by orthogonal pursuit: what learning the directions has to beat."""
+
+    name = "random"
+
+    def __init__(self, n_components: int | None = None) -> None:
+        """Describes the baseline.
+
+        Args:
+            n_components: directions; null = as many as the widest dictionary has latents.
+        """
+        super().__init__(n_components, [], max_rows=1, keep=False)
+
+    def prepare(self, pl_module: SparseAutoencoderModule) -> None:
+        """Takes the width."""
+        self._n_components = self._n_components or _widest(pl_module)
+
+    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+        """Random directions."""
+        return RandomDirections(d_model, n_components or d_model, seed=seed)
+
+
+def _widest(pl_module: SparseAutoencoderModule) -> int:
+    return max(dictionary.n_latents for dictionary in pl_module.dictionaries.values())

@@ -1,0 +1,147 @@
+"""Figures that compare methods over L0 and bits, and sets of directions by how they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from sae.inspection.figures import STYLE, apart, panels
+
+_COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7f7f7f", "#7b3294", "#8c510a",
+    "#000000",
+)  # fmt: skip
+_DASHES = ("-", "--", ":")
+
+
+@matplotlib.rc_context(STYLE)
+def frontier(
+    points: Mapping[str, Sequence[tuple[float, float]]], x: str = "L0", title: str = "What each method leaves"
+) -> Figure:
+    """FVU against L0 (or bits) for every method: lower and further left is better.
+
+    Args:
+        points: (x, FVU) by method.
+        x: what the first number is.
+        title: above the figure.
+    """
+    figure, (axes,) = panels(1, width=8.4)
+    for i, (method, found) in enumerate(sorted(points.items(), key=lambda item: item[1][-1][1])):
+        style = {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)],
+        }
+        axes.plot([at for at, _ in found], [fvu for _, fvu in found], marker="o", label=method, **style)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({at for found in points.values() for at, _ in found})
+    axes.xaxis.set_major_locator(FixedLocator(apart(ticks)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda at, _: f"{at:.3g}")
+    axes.set_ylim(bottom=0.0)
+    axes.set(xlabel=x, ylabel="FVU (held-out)", title=title)
+    figure.legend(loc="outside right upper", fontsize=8.5)
+    return figure
+
+
+SETS = {
+    "sae": ("the dictionary", "#0072b2"),
+    "random": ("random directions", "#7f7f7f"),
+    "W_E": ("W_E, token embeddings", "#d55e00"),
+    "W_U": ("W_U, unembedding", "#cc79a7"),
+    "pca": ("PCA: n = d_model", "#009e73"),
+}
+"""Sets of directions in `geometry` of metrics.json: what they are, and their colours."""
+
+
+@matplotlib.rc_context(STYLE)
+def neighbours_of_sets(geometry: Mapping[str, Any]) -> Figure:
+    """Nearest neighbours of every set of directions: median, middle half, and 5 to 95 %.
+
+    Args:
+        geometry: as in metrics.json.
+    """
+    figure, (axes,) = panels(1, width=8.4)
+    sets = [(which, of) for which, of in geometry["sets"].items() if which != "pca"]
+    for at, (which, of) in enumerate(sets):
+        colour, (low, first, middle, third, high) = SETS[which][1], of["nearest"]
+        axes.plot([low, high], [at, at], color=colour, linewidth=1.2)
+        axes.plot([first, third], [at, at], color=colour, linewidth=7, solid_capstyle="butt")
+        axes.plot([middle], [at], "o", color="white", markersize=4)
+    low, _, middle, _, high = geometry["null"]
+    axes.axvspan(low, high, color="#e8eaed", zorder=0, label="random, by formula: 5 to 95 %")
+    axes.axvline(middle, color="#9aa0a6", linewidth=1.0, linestyle="--", label="its median")
+    axes.set_yticks(range(len(sets)), [f"{SETS[which][0]} ({of['n']:,})" for which, of in sets])
+    axes.invert_yaxis()
+    axes.set_xlim(0.0, 1.0)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="|cos| with the nearest other direction", title="Nearest neighbours")
+    axes.legend(fontsize=8.5)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def almost_orthogonal_sets(geometry: Mapping[str, Any]) -> Figure:
+    """How many directions with all |cos| < epsilon were found in each set, against epsilon.
+
+    Args:
+        geometry: as in metrics.json.
+    """
+    figure, (axes,) = panels(1, width=8.4)
+    rows = geometry["almost_orthogonal"]
+    epsilons = [row["epsilon"] for row in rows]
+    keys = {"found": "sae", **{which: which for which in SETS if which != "sae"}}
+    for key, which in keys.items():
+        if key in rows[0]:
+            label, colour = SETS[which]
+            marker = "" if which == "pca" else "o"
+            axes.plot(epsilons, [row[key] for row in rows], marker=marker, color=colour, label=label)
+    most = 2 * max(row["found"] for row in rows)
+    for key, label, line in (("greedy_bound", "there are at least", ":"), ("upper_bound", "at most", "-.")):
+        known = [(row["epsilon"], row[key]) for row in rows if row[key] is not None and 1 <= row[key] <= most]
+        if known:
+            bounds = {"color": "#9aa0a6", "linestyle": line, "label": f"in d_model dimensions {label}"}
+            axes.plot([epsilon for epsilon, _ in known], [bound for _, bound in known], **bounds)
+    axes.set_yscale("log")
+    axes.set(xlabel="epsilon", ylabel="directions", title="Largest sets found with all |cos| < epsilon")
+    figure.legend(loc="outside right upper", fontsize=8.5)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def width_tradeoff(
+    fvu: Sequence[tuple[int, float]],
+    law: tuple[float, float],
+    sizes: Mapping[float, Sequence[tuple[int, int, int]]],
+    d_model: int,
+) -> Figure:
+    """FVU against width with its law, and almost-orthogonal sets against width at several epsilons.
+
+    Args:
+        fvu: (n_latents, FVU) by rising width.
+        law: scale and exponent in FVU = scale n^-exponent.
+        sizes: by epsilon, (n_latents, set found, set among random directions).
+        d_model: width of the rows, for the basis.
+    """
+    figure, (left, right) = panels(2, width=9.6)
+    n, scale, exponent = [width for width, _ in fvu], *law
+    left.plot(n, [value for _, value in fvu], "o", color=SETS["sae"][1], label="dictionaries")
+    drawn = f"{scale:.2g} n^-{exponent:.2g}"
+    left.plot(n, [scale * width**-exponent for width in n], "--", color="#9aa0a6", label=drawn)
+    left.set(xlabel="latents", ylabel="FVU (held-out)", title="What width buys")
+    for i, (epsilon, rows) in enumerate(sorted(sizes.items())):
+        colour = _COLOURS[i % len(_COLOURS)]
+        right.plot(n, [row[1] for row in rows], "-o", color=colour, label=f"ε = {epsilon:g}")
+        right.plot(n, [row[2] for row in rows], ":", color=colour)
+    right.axhline(d_model, color="#9aa0a6", linewidth=1.0, label="a basis")
+    right.set(xlabel="latents", ylabel="directions", title="Sets with |cos| < ε (dotted: random)")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(lambda at, _: f"{at:,.0f}")
+    left.legend(fontsize=8.5)
+    figure.legend(handles=right.get_legend_handles_labels()[0], loc="outside right upper", fontsize=8.5)
+    return figure

@@ -1,0 +1,133 @@
+"""Every method on one cache, at every L0, over several seeds: the table that the claim stands or falls by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from sae.dictionaries import load_dictionary
+from sae.errors import InputError
+from sae.inspection.method_titles import method_title
+from sae.ops.stability import share_found_again
+from sae.training.names import SINGLE, metrics_of_each
+
+COLUMNS = {
+    "fvu": ("FVU", ".4f"),
+    "ce_increase": ("CE +nats", ".4f"),
+    "purity": ("purity", ".3f"),
+    "purity_null": ("by chance", ".3f"),
+    "bits_per_token": ("bits", ".0f"),
+    "cancellation": ("cancelled", ".0%"),
+    "stability": ("found again", ".0%"),
+    "dead_fraction": ("dead", ".0%"),
+    "fit_s": ("fit, s", ".0f"),
+}
+"""Keys of metrics.json, their titles and formats."""
+
+
+class Row(NamedTuple):
+    """A method at an L0, over the seeds."""
+
+    method: str
+    l0: int
+    """Of the dictionaries that it stands beside, rounded."""
+    n_latents: int
+    trained: bool
+    """By gradients, not fitted."""
+    scores: dict[str, list[float]]
+    """One value a seed, of those that are known."""
+
+
+def compare(runs: Mapping[Path, dict[str, Any]]) -> list[Row]:
+    """The rows of runs that differ by their seed alone, by L0 and FVU.
+
+    A baseline that several dictionaries share at one L0 is one row. Stability of what was trained is the
+    share of latents that another run's dictionary has too (`sae.ops.stability`); baselines bring their own.
+
+    Args:
+        runs: what metrics.json holds, by run folder.
+
+    Raises:
+        InputError: if there is none, or they have other dictionaries.
+    """
+    folders = list(runs)
+    if not folders:
+        raise InputError("`runs` must be at least one run folder, got none.")
+    several = [metrics_of_each(metrics) for metrics in runs.values()]
+    for folder, found in zip(folders, several, strict=True):
+        if found.keys() != several[0].keys():
+            raise InputError(
+                f"{folder} has the dictionaries {', '.join(found)}, {folders[0]} has {', '.join(several[0])};"
+                " compare runs of one configuration."
+            )
+    rows: dict[tuple[str, int], Row] = {}
+    for found in several:
+        at_this_seed: dict[tuple[str, int], tuple[bool, Mapping[str, Any]]] = {}
+        for name, own in found.items():
+            l0 = round(own["l0"])
+            at_this_seed["SAE" if name == SINGLE else name, l0] = True, own
+            for baseline, of in own["baselines"].items():
+                at_this_seed[method_title(baseline), of["k"]] = False, of
+        for (method, l0), (trained, of) in at_this_seed.items():
+            row = rows.setdefault((method, l0), Row(method, l0, of["n_latents"], trained, {}))
+            for key in COLUMNS:
+                if of.get(key) is not None:
+                    row.scores.setdefault(key, []).append(float(of[key]))
+    _add_stability(rows, folders, several)
+    return sorted(rows.values(), key=lambda row: (row.l0, mean(row.scores["fvu"])))
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows in Markdown, mean ± standard error where there are several seeds."""
+    rows = list(rows)
+    known = [key for key in COLUMNS if any(key in row.scores for row in rows)]
+    titles = ["L0", "method", "directions", *(COLUMNS[key][0] for key in known)]
+    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    for row in rows:
+        cells = [str(row.l0), f"**{row.method}**" if row.trained else row.method, f"{row.n_latents:,}"]
+        cells += [_cell(row.scores.get(key), COLUMNS[key][1]) for key in known]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def frontier_points(rows: Iterable[Row], x: str = "l0") -> dict[str, list[tuple[float, float]]]:
+    """(x, FVU) of every method by rising x; the autoencoders of several L0 are one, by their names' stem.
+
+    Args:
+        rows: from `compare`.
+        x: `l0`, or a key of `COLUMNS`.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        at = float(row.l0) if x == "l0" else mean(row.scores[x])
+        stem = row.method.rstrip("0123456789").rstrip("_")
+        points.setdefault(stem or row.method, []).append((at, mean(row.scores["fvu"])))
+    return {method: sorted(found) for method, found in points.items()}
+
+
+def _add_stability(
+    rows: dict[tuple[str, int], Row], folders: list[Path], several: list[dict[str, dict[str, Any]]]
+) -> None:
+    """Of each dictionary and seed, the mean over the other seeds."""
+    if len(folders) < 2:
+        return
+    for name in several[0]:
+        inside = "dictionary" if name == SINGLE else f"dictionaries/{name}"
+        directions = [load_dictionary(folder / inside).directions for folder in folders]
+        for i, (mine, found) in enumerate(zip(directions, several, strict=True)):
+            others = [share_found_again(mine, d) for j, d in enumerate(directions) if j != i]
+            row = rows["SAE" if name == SINGLE else name, round(found[name]["l0"])]
+            row.scores.setdefault("stability", []).append(mean(others))
+
+
+def _cell(values: list[float] | None, form: str) -> str:
+    if not values:
+        return "–"
+    text = format(mean(values), form)
+    if len(values) < 2:
+        return text
+    error = format(stdev(values) / math.sqrt(len(values)), form)
+    return text if float(error.strip("%")) == 0.0 else f"{text} ± {error}"

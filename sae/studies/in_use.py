@@ -188,8 +188,9 @@ def count_at_width(trained: Seeds) -> WidthCount:
     latter. What is caught once and strong is kept as far as `level_singletons` expects.
 
     Of what is kept, the estimate is the number caught twice or more. The interval reaches from those that at
-    least three quarters of the seeds caught to Chao's bound, widened by `MARGIN` at both ends: on twenty
-    planted worlds, none of them in the tests, 5 % covers the truth TUNED times.
+    least three quarters of the seeds caught to Chao's bound, widened by `MARGIN` at both ends. That is a rule
+    and no theorem: with five seeds it covered the truth in 10 of the 11 planted worlds that it was settled on
+    and in 9 of the 10 of its test. The estimate was within 5 % in 16 of the 21, and at worst 14 % off.
     """
     n_seeds, n_latents, d_model = trained.directions.shape
     threshold = match_threshold(n_latents, d_model)

@@ -33,7 +33,7 @@ def _fvu(x, x_hat):
 @pytest.mark.parametrize("k", [1, 3, D])
 def test_pca_keeps_the_k_largest_coefficients_of_each_row(data, held_out, k):
     callback = PCABaseline()
-    baseline = callback._fit(data, None, torch.device("cpu"))
+    baseline, _ = callback._fit(data, None, torch.device("cpu"))
     mean = data.moments.mean
     coefficients = (held_out - mean) @ baseline.directions.double().T
     kept = coefficients * torch.zeros_like(coefficients).scatter(1, coefficients.abs().topk(k).indices, 1.0)
@@ -45,7 +45,7 @@ def test_pca_keeps_the_k_largest_coefficients_of_each_row(data, held_out, k):
 
 def test_more_coefficients_never_hurt_a_baseline(data):
     for callback in (PCABaseline(), NMFBaseline()):
-        baseline = callback._fit(data, D, torch.device("cpu"))
+        baseline, _ = callback._fit(data, D, torch.device("cpu"))
         fvu = [_score(baseline, data, k).fvu for k in (1, 2, 4, 8)]
         assert fvu == sorted(fvu, reverse=True) and fvu[0] < 1
 

@@ -40,6 +40,13 @@ QUANTITIES = {
     "dead fraction": "dead_fraction",
     "L0": "l0",
 }
+OF_CODES = {
+    "bits per token": "bits_per_token",
+    "token purity": "purity",
+    "token purity by chance": "purity_null",
+    "cancellation": "cancellation",
+    "time to fit (s)": "fit_s",
+}
 FIGURES = {"fvu_by_components", "methods_at_equal_l0", "densities", "nearest_neighbours", "training_curves"}
 
 
@@ -95,6 +102,8 @@ def _check_layout(layout, metrics):
     expected = dict(QUANTITIES)
     if metrics.get("ce_increase") is not None:
         expected |= {"CE increase (nats)": "ce_increase", "KL (nats)": "kl"}
+    if metrics.get("bits_per_token") is not None:
+        expected |= OF_CODES
     assert [chart.title for chart in category.chart] == list(expected)
     for chart in category.chart:
         key = expected[chart.title]
@@ -281,7 +290,7 @@ def test_tensorboard_serves_all_of_it(run):
 
         charts = {c["title"]: c["multiline"]["tag"] for c in answers["layout"]["category"][0]["chart"]}
         measured = ["CE increase (nats)", "KL (nats)"] if _metrics(run).get("ce_increase") is not None else []
-        assert list(charts) == [*QUANTITIES, *measured]  # the last layout written
+        assert list(charts) == [*QUANTITIES, *measured, *OF_CODES]  # the last layout written
         matched = set()
         for pattern in charts["FVU"]:
             found = json.loads(

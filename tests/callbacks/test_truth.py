@@ -64,8 +64,8 @@ def test_scores_are_those_of_the_saved_dictionary_on_the_held_out_rows(run):
 def test_they_stand_in_the_table_and_in_tensorboard(run):
     lines = summary(run).splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("of the truth"))
-    assert [line.split()[0] for line in lines[begin + 1 : begin + 9]] == ["wide", "PCA", "RANDOM", "TRUE"] + [
-        "narrow", "PCA", "RANDOM", "TRUE",
+    assert [line.split()[0] for line in lines[begin + 1 : begin + 9]] == ["wide", "PCA", "random", "true"] + [
+        "narrow", "PCA", "random", "true",
     ]  # fmt: skip
     own = json.loads((run / "metrics.json").read_text())["dictionaries"]["wide"]
     assert (

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from sae.baselines.base import Baseline
 from sae.baselines.nmf_solvers import SOLVERS, learner_of, nndsvd_start
+from sae.baselines.rows import mini_batches, require_several_passes
 from sae.baselines.signed_rows import TREATMENTS
-from sae.baselines.sweeps import check_energy, check_iterable, check_passes, learn_until_settled, recut
+from sae.baselines.sweeps import check_energy, check_passes, learn_until_settled
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
 from sae.ops.moments import Moments
@@ -121,7 +122,7 @@ class NMF(Baseline):
                 where it must not be.
         """
         self._start_fit(moments)
-        check_iterable(batches)
+        require_several_passes(batches)
         n_rows = self._survey(batches, group)  # the moments may be of more
         head = next(self._nonnegative_rows(batches, _START_ROWS))
         check_energy(head.square().sum().item())
@@ -211,7 +212,7 @@ class NMF(Baseline):
 
     def _nonnegative_rows(self, batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
         """Treated rows of `size` rows at a time, however `batches` cuts them."""
-        return (self._nonnegative(rows) for rows in recut(batches, size, self.mean))
+        return (self._nonnegative(rows.to(self.mean)) for rows in mini_batches(batches, size, self.mean))
 
     def _survey(self, batches: Iterable[Tensor], group: Group) -> int:
         """Counts the rows, and finds their floor or that they have none below zero, where that matters."""

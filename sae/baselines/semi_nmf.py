@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from sae.baselines.base import Baseline
 from sae.baselines.nmf_solvers import SWEEP_ROWS, SweepLearner
-from sae.baselines.sweeps import check_iterable, check_passes, learn_until_settled, recut
-from sae.errors import InputError
+from sae.baselines.rows import first_rows, mini_batches, require_several_passes
+from sae.baselines.sweeps import check_passes, learn_until_settled
 from sae.ops.block_pivoting import exact_nonnegative_codes
 from sae.ops.group import ALONE, Group
 from sae.ops.moments import Moments
@@ -95,17 +95,15 @@ class SemiNMF(Baseline):
             InputError: if `batches` cannot be read again or has no row but the mean.
         """
         self._start_fit(moments)
-        check_iterable(batches)
-        head = next(recut(batches, _START_ROWS, self.mean), None)
-        if head is None:
-            raise InputError("`batches` must give at least one row, got none.")
+        require_several_passes(batches)
+        head = first_rows(batches, _START_ROWS, self.mean).to(self.mean)
         start = spread_rows(head - self.mean, self.n_latents, torch.Generator().manual_seed(self.seed))
         group.of_first_(start)  # other machines may round otherwise
         learner = _LeastSquares(start, group)
         n_rows = sum(len(rows) for rows in batches)
         learn_until_settled(
             learner,
-            lambda: (rows - self.mean for rows in recut(batches, SWEEP_ROWS, self.mean)),
+            lambda: (rows.to(self.mean) - self.mean for rows in mini_batches(batches, SWEEP_ROWS, self.mean)),
             n_rows,
             passes=self.passes,
             tolerance=self.tolerance,
@@ -137,8 +135,8 @@ class SemiNMF(Baseline):
         """|X - mean - Z directions|² / |X - mean|² over all rows."""
         self._require_fit()
         error = total = 0.0
-        for rows in recut(batches, SWEEP_ROWS, self.mean):
-            centred = rows - self.mean
+        for rows in mini_batches(batches, SWEEP_ROWS, self.mean):
+            centred = rows.to(self.mean) - self.mean
             left = centred - self._codes(centred) @ self.components
             error += left.double().square().sum().item()
             total += centred.double().square().sum().item()

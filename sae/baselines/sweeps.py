@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from sae.errors import InputError
@@ -37,12 +37,6 @@ def check_passes(passes: int, tolerance: float) -> None:
             raise InputError(f"`{name}` must be at least {least}, got {name}={value}.")
 
 
-def check_iterable(batches: Iterable[Tensor]) -> None:
-    """Raises InputError where the batches can be read only once."""
-    if iter(batches) is batches:
-        raise InputError("`batches` must be re-iterable, got an iterator; give a list or a loader.")
-
-
 def check_energy(energy: float) -> None:
     """Raises InputError unless some row is not zero, as it is factorised."""
     if not energy > 0:
@@ -50,24 +44,6 @@ def check_energy(energy: float) -> None:
             f"`batches` must hold a row other than the origin, got rows of energy {energy:g}; are they those "
             "of the `moments`?"
         )
-
-
-def recut(
-    batches: Iterable[Tensor], size: int, like: Float[Tensor, " d_model"]
-) -> Iterator[Float[Tensor, "rows d_model"]]:
-    """The rows `size` at a time however `batches` cuts them, in the dtype and on the device of `like`."""
-    held: list[Tensor] = []
-    n_held = 0
-    for batch in batches:
-        for rows in batch.split(size):
-            held.append(rows.to(like))
-            n_held += len(rows)
-            if n_held >= size:
-                joined = torch.cat(held)
-                yield joined[:size]
-                held, n_held = [joined[size:]], n_held - size
-    if n_held:
-        yield torch.cat(held)
 
 
 def share_of_energy(error_and_energy: Float64[Tensor, " two"]) -> float:

@@ -24,8 +24,8 @@ def bits_per_row(n_latents: int, l0: int | float, signed: bool) -> float:
     Raises:
         InputError: if l0 does not lie in [0, n_latents].
 
-    >>> bits_per_row(4, 2, False), bits_per_row(4, 2, True)  # 6 choices
-    (18.584962500721158, 20.584962500721158)
+    >>> [round(bits_per_row(4, 2, signed), 6) for signed in (False, True)]  # 6 choices
+    [18.584963, 20.584963]
     """
     if not 0 <= l0 <= n_latents:
         raise InputError(f"`l0` must lie in [0, n_latents={n_latents}], got {l0:g}.")

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional as F
 
 from sae.baselines.base import Baseline
-from sae.baselines.nmf_solvers import SWEEP_ROWS, SweepLearner
+from sae.baselines.nmf_solvers import SWEEP_ROWS, OnlineLearner, SweepLearner
 from sae.baselines.rows import first_rows, mini_batches, require_several_passes
 from sae.baselines.sweeps import check_passes, learn_until_settled
+from sae.errors import InputError
 from sae.ops.block_pivoting import exact_nonnegative_codes
 from sae.ops.group import ALONE, Group
 from sae.ops.moments import Moments
@@ -24,7 +25,12 @@ from sae.ops.sparse import SparseLatents
 _START_ROWS = 10_000
 # Added to the unit diagonal of the scaled ZᵀZ, and by what it grows until the system can be solved: lost in
 # rounding where it can be solved without, else what the codes do not determine stays as it was.
-_RIDGE, _GROWTH = 1e-13, 10
+# Sums of approximate codes in float32 say nothing below the larger one.
+_RIDGE, _ONLINE_RIDGE, _GROWTH = 1e-13, 1e-5, 10
+# Steps of the codes of a mini-batch: directions of both signs overlap, and few steps leave much.
+_CODE_STEPS = 50
+SOLVERS = ("online", "sweeps")
+"""What `SemiNMF(solver=...)` takes."""
 # A squared distance below this between unit rows counts as none.
 _SAME = 1e-10
 
@@ -32,11 +38,12 @@ _SAME = 1e-10
 class SemiNMF(Baseline):
     """X - mean ≈ z @ directions, z >= 0: an autoencoder's decoder with the best codes instead of an encoder.
 
-    Every pass gives all rows their exact non-negative least-squares codes and adds up ZᵀZ and ZᵀX; the
-    directions are then the least-squares solution, scaled to unit length. No pass raises the objective, and
-    memory does not grow with the rows. The start is drawn as by k-means++ among unit rows of the data, and
-    like k-means, to which it is close where codes have one entry, it ends in a local minimum that depends on
-    the seed. A direction that no row uses keeps its values.
+    Directions are the least-squares solution of sums ZᵀZ and ZᵀX over the codes, scaled to unit length.
+    `solver` says when: "online" after every mini-batch, with sums that slowly forget and codes that are
+    nearly the best; "sweeps" after every full pass with exact codes, so that no pass raises the objective,
+    at tens of times the cost. Memory does not grow with the rows. The start is drawn as by k-means++ among
+    unit rows of the data, and like k-means, to which it is close where codes have one entry, it ends in a
+    local minimum that depends on the seed. A direction that no row uses keeps its values.
 
     There may be more latents than dimensions, but nothing asks dense codes to be sparse: d_model + 1
     directions that surround the mean already explain every row, and the fit ends as soon as they do.
@@ -50,7 +57,13 @@ class SemiNMF(Baseline):
     components: Tensor
 
     def __init__(
-        self, d_model: int, n_latents: int, passes: int = 200, tolerance: float = 3e-4, seed: int = 0
+        self,
+        d_model: int,
+        n_latents: int,
+        passes: int = 200,
+        tolerance: float = 3e-4,
+        seed: int = 0,
+        solver: str = "online",
     ) -> None:
         """Makes an unfitted factorisation.
 
@@ -60,10 +73,13 @@ class SemiNMF(Baseline):
             passes: The most passes over the rows.
             tolerance: Relative fall of the objective over one pass at which the fit ends.
             seed: Of the start.
+            solver: How directions are learned: online or sweeps.
         """
         super().__init__(d_model, n_latents)
         check_passes(passes, tolerance)
-        self.passes, self.tolerance, self.seed = passes, tolerance, seed
+        if solver not in SOLVERS:
+            raise InputError(f"`solver` must be one of {', '.join(SOLVERS)}, got solver={solver!r}.")
+        self.passes, self.tolerance, self.seed, self.solver = passes, tolerance, seed, solver
         self.register_buffer("components", torch.zeros(n_latents, d_model))
 
     @property
@@ -77,7 +93,8 @@ class SemiNMF(Baseline):
     @property
     def config(self) -> dict[str, Any]:
         """Constructor's arguments."""
-        return {name: getattr(self, name) for name in ("d_model", "n_latents", "passes", "tolerance", "seed")}
+        names = ("d_model", "n_latents", "passes", "tolerance", "seed", "solver")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def directions(self) -> Float[Tensor, "n_latents d_model"]:
@@ -99,17 +116,19 @@ class SemiNMF(Baseline):
         head = first_rows(batches, _START_ROWS, self.mean).to(self.mean)
         start = spread_rows(head - self.mean, self.n_latents, torch.Generator().manual_seed(self.seed))
         group.of_first_(start)  # other machines may round otherwise
-        learner = _LeastSquares(start, group)
+        kind = _OnlineLeastSquares if self.solver == "online" else _LeastSquares
+        learner = kind(start, group)
         n_rows = sum(len(rows) for rows in batches)
+        size = learner.batch_rows(n_rows)
         learn_until_settled(
             learner,
-            lambda: (rows.to(self.mean) - self.mean for rows in mini_batches(batches, SWEEP_ROWS, self.mean)),
+            lambda: (rows.to(self.mean) - self.mean for rows in mini_batches(batches, size, self.mean)),
             n_rows,
             passes=self.passes,
             tolerance=self.tolerance,
             name="SemiNMF",
         )
-        self.components.copy_(learner.components)
+        self.components.copy_(F.normalize(learner.components, dim=1))
         group.of_first_(self.components)
         self.fitted.fill_(True)
         return self
@@ -159,7 +178,7 @@ class SemiNMF(Baseline):
 
 
 class _LeastSquares(SweepLearner):
-    """The components nearest to the rows, given the codes."""
+    """The components nearest to the rows, given the exact codes of a pass."""
 
     def improved(
         self,
@@ -167,17 +186,41 @@ class _LeastSquares(SweepLearner):
         codes_rows: Float[Tensor, "n d_model"],
         components: Float[Tensor, "n d_model"],
     ) -> Float[Tensor, "n d_model"]:
-        """Least |X - Z H|² + ridge |H - components|²: no larger |X - Z H|², whatever the ridge."""
-        # Solved as a step from the components, so that those which are best already stay as they are.
-        use = codes_codes.diagonal().sqrt()
-        inverse = torch.where(use > 0, 1 / use, 1)[:, None]
-        slope = inverse * (codes_rows - codes_codes @ components)
-        system, ridge, failed = inverse * codes_codes * inverse.T, _RIDGE, True
-        while failed:
-            shifted = system + ridge * torch.eye(len(system)).to(system)
-            factor, info = torch.linalg.cholesky_ex(shifted)
-            ridge, failed = ridge * _GROWTH, bool(info)
-        return components + inverse * torch.cholesky_solve(slope, factor)
+        """No larger |X - Z H|²."""
+        return nearest_components(codes_codes, codes_rows, components, _RIDGE)
+
+
+class _OnlineLeastSquares(OnlineLearner):
+    """The same on fading sums over mini-batches."""
+
+    def __init__(self, components: Float[Tensor, "n d_model"], group: Group) -> None:
+        super().__init__(components, group, _CODE_STEPS)
+
+    def _update(self) -> None:
+        sums = self._codes_codes.double(), self._codes_rows.double()
+        updated = nearest_components(*sums, self.components.double(), _ONLINE_RIDGE)
+        self.components = updated.to(self.components)
+
+
+def nearest_components(
+    codes_codes: Float64[Tensor, "n n"],
+    codes_rows: Float64[Tensor, "n d_model"],
+    components: Float64[Tensor, "n d_model"],
+    ridge: float,
+) -> Float64[Tensor, "n d_model"]:
+    """Least |X - Z H|² + ridge |H - components|², in units of ZᵀZ: no larger |X - Z H|², whatever the ridge.
+
+    Solved as a step from the components, so that those which are best already, or unused, stay as they are.
+    """
+    use = codes_codes.diagonal().sqrt()
+    inverse = torch.where(use > 0, 1 / use, 1)[:, None]
+    slope = inverse * (codes_rows - codes_codes @ components)
+    system, failed = inverse * codes_codes * inverse.T, True
+    while failed:
+        shifted = system + ridge * torch.eye(len(system)).to(system)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        ridge, failed = ridge * _GROWTH, bool(info)
+    return components + inverse * torch.cholesky_solve(slope, factor)
 
 
 def spread_rows(

@@ -93,6 +93,7 @@ class SemiNMFBaseline(BaselineCallback):
         n_components: int | None = None,
         curve: list[int] | None = None,
         max_rows: int = 100_000,
+        solver: Literal["online", "sweeps"] = "online",
         seeds: int = 1,
         keep: bool = True,
     ) -> None:
@@ -102,14 +103,17 @@ class SemiNMFBaseline(BaselineCallback):
             n_components: atoms, more than d_model if you like; null = d_model.
             curve: numbers of atoms for FVU against components; null = d_model / 8, / 4, / 2.
             max_rows: rows that it is fitted on, a random sample of the train split.
+            solver: online with fading sums, or sweeps over all rows with exact codes, slowly.
             seeds: fits from so many starts, for `stability`; the first one is the baseline.
             keep: whether fits are kept with the cache.
         """
         super().__init__(n_components, curve, max_rows, seeds, keep)
+        self._solver = solver
+        self._settings |= {"solver": solver}
 
     def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
         """A semi-NMF."""
-        return SemiNMF(d_model, n_components or d_model, seed=seed)
+        return SemiNMF(d_model, n_components or d_model, seed=seed, solver=self._solver)
 
 
 class ICABaseline(BaselineCallback):

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment, nnls
 from support.ranks import run_ranks
 
 from sae.baselines import SemiNMF
-from sae.baselines.semi_nmf import _LeastSquares, spread_rows
+from sae.baselines.semi_nmf import SOLVERS, _LeastSquares, nearest_components, spread_rows
 from sae.dictionaries import load_dictionary, save_dictionary
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
@@ -46,14 +46,15 @@ def semi(mixture):
     return _quick(mixture, 5)
 
 
-def test_semi_nmf_finds_planted_directions_of_both_signs():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_semi_nmf_finds_planted_directions_of_both_signs(solver):
     generator = torch.Generator().manual_seed(0)
     planted = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:4]
     planted = torch.cat([planted, -planted])  # codes of mean zero need no offset
     which = torch.arange(400) % 8
     x = planted[which] * (0.5 + torch.rand(200, 1, generator=generator)).repeat_interleave(2, 0)[:400]
     x = torch.cat([x, -x])
-    semi = SemiNMF(8, 8).fit([x], _moments(x))
+    semi = SemiNMF(8, 8, solver=solver).fit([x], _moments(x))
     cosines = semi.directions @ planted.T
     rows, columns = linear_sum_assignment(-cosines.numpy())
     assert cosines[rows, columns].min() > 0.999
@@ -69,6 +70,12 @@ def test_semi_nmf_code_is_the_nonnegative_least_squares_code(mixture, semi):
     np.testing.assert_allclose(semi.encode(mixture[:30]).numpy(), expected, atol=1e-4)
     torch.testing.assert_close(semi.directions.norm(dim=1), torch.ones(5))
     assert (semi.directions < 0).any()
+
+
+def test_semi_nmf_online_ends_where_the_sweeps_do(mixture):
+    rows = mixture.repeat(8, 1)  # many mini-batches
+    online, sweeps = (SemiNMF(10, 5, solver=solver, seed=1).fit([rows], _moments(rows)) for solver in SOLVERS)
+    assert online.objective([rows]) < 1.05 * sweeps.objective([rows])
 
 
 @pytest.mark.parametrize("n_latents", [1, 5, 10])
@@ -102,8 +109,9 @@ def test_semi_nmf_with_more_latents_than_rows_is_finite():
 def test_semi_nmf_unused_direction_keeps_its_values():
     codes = torch.tensor([[2.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
     rows = torch.tensor([[4.0, 2.0], [0.0, 0.0]], dtype=torch.float64)
-    learner = _LeastSquares(torch.eye(2), ALONE)
-    updated = learner.improved(codes, rows, torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64))
+    updated = nearest_components(
+        codes, rows, torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64), ridge=1e-13
+    )
     torch.testing.assert_close(updated, torch.tensor([[2.0, 1.0], [0.6, 0.8]], dtype=torch.float64))
 
 
@@ -147,6 +155,8 @@ def test_semi_nmf_saved_form_rebuilds_it(mixture, semi, tmp_path):
 def test_semi_nmf_bad_input_raises(mixture):
     with pytest.raises(InputError, match="`passes` must be at least 1, got passes=0"):
         SemiNMF(4, 2, passes=0)
+    with pytest.raises(InputError, match="`solver` must be one of online, sweeps, got solver='hals'"):
+        SemiNMF(4, 2, solver="hals")
     with pytest.raises(InputError, match="`batches` must be re-iterable"):
         SemiNMF(10, 2).fit(iter([mixture]), _moments(mixture))
     with pytest.raises(InputError, match="`batches` must give at least one row"):

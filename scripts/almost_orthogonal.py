@@ -1,18 +1,23 @@
-"""Counts almost-orthogonal directions: of random packings by dimension, or those of a dictionary.
+"""Counts almost-orthogonal directions: of random packings by dimension, or those of dictionaries.
 
     python scripts/almost_orthogonal.py
     python scripts/almost_orthogonal.py --dimensions 64 96 128 --epsilon 0.2 0.25 0.3 --learn
     python scripts/almost_orthogonal.py --dictionary runs/quickstart --epsilon 0.1 0.2 0.3
+    python scripts/almost_orthogonal.py --runs runs/comparison/seed-* --name sae_8 --epsilon 0.2 0.3
 
 Without --dictionary: how many directions a greedy packing of random ones reaches in d dimensions, beside what
 is proved and the d of a basis, and c in count = exp(c epsilon² d) over the d that --cap did not cut. --learn
 also plants some of them in sparse mixtures and learns them back. With --dictionary: the geometry of its
 directions and the largest almost-orthogonal subset found, both beside random directions of the same shape.
+With --runs, which differ by their seed: the same among the latents that fire on held-out rows and that every
+seed has found.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -22,12 +27,20 @@ from sae.exits import exit_on_input_error
 from sae.ops.almost_orthogonal import sizes_by_epsilon
 from sae.ops.capacity import greedy_lower_bound, random_signs_lower_bound, upper_bound
 from sae.ops.geometry import geometry_of, random_rows
+from sae.runs import Run, open_run
 from sae.studies.planted_capacity import DIMENSIONS, dictionary_learning, fit_exponential, planted_sweep
+from sae.studies.stable_sets import living, stable_sets, table
+
+# Held-out rows that tell whether a latent fires.
+_ROWS, _BATCH = 65_536, 2048
 
 
 def main(args: list[str] | None = None) -> None:
     """Prints the table."""
     given = _parser().parse_args(args)
+    if given.runs:
+        _print_stable(given)
+        return
     if given.dictionary is not None:
         _print_dictionary(given)
         return
@@ -82,6 +95,24 @@ def _print_dictionary(given: argparse.Namespace) -> None:
         print(f"{size.epsilon:>24g}{size.found:>14,}{size.random:>14,}")
 
 
+def _print_stable(given: argparse.Namespace) -> None:
+    runs = [open_run(folder, str(given.device), given.name) for folder in given.runs]
+    shapes = {tuple(run.dictionary.directions.shape) for run in runs}
+    if len(runs) < 2 or len(shapes) > 1:
+        raise InputError(f"`--runs` must be two or more that differ by their seed, got shapes {shapes}.")
+    alive = [living(run.dictionary, _held_out(run)) for run in runs]
+    print(table(stable_sets([run.dictionary.directions for run in runs], alive, given.epsilon)))
+
+
+def _held_out(run: Run) -> Iterator[torch.Tensor]:
+    seen = 0
+    for batch in run.cache.batches("held_out", run.hookpoint, _BATCH):
+        yield batch.x
+        seen += len(batch.x)
+        if seen >= _ROWS:
+            return
+
+
 def _device(name: str) -> torch.device:
     try:
         return torch.device(name)
@@ -96,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--dictionary", default=None, metavar="RUN", help="A run, or a dictionary's folder.")
+    parser.add_argument("--runs", type=Path, nargs="+", help="Runs that differ by their seed.")
+    parser.add_argument("--name", default=None, help="Of the dictionary, in runs of several.")
     parser.add_argument("--epsilon", type=float, nargs="+", default=[0.25], help="Bounds on |cos|.")
     parser.add_argument("--dimensions", type=int, nargs="+", default=list(DIMENSIONS), metavar="D")
     parser.add_argument("--patience", type=int, default=1000, help="Rejections in a row that end a packing.")

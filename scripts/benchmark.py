@@ -3,6 +3,7 @@
     python scripts/benchmark.py
     python scripts/benchmark.py --case 512,8192,32,2048 --only steps kinds --json steps.json
     python scripts/benchmark.py --device cuda
+    python scripts/benchmark.py --only nmf --nmf-rows 100_000
     python scripts/benchmark.py --only harvest --model FOLDER --hookpoint resid.8 --device cuda
 
 Steps: ours, with kernels and without, a dense one by autograd, the same under torch.compile, the encoder
@@ -28,6 +29,7 @@ from sae.benchmarks.baselines import baseline_figures
 from sae.benchmarks.cache import harvest_figures, read_figures, training_figures
 from sae.benchmarks.cases import CPU_CASES, GPU_CASES, parse
 from sae.benchmarks.measure import growth, of_case, of_kinds
+from sae.benchmarks.nmf import nmf_figures
 from sae.benchmarks.steps import missing_compiler
 from sae.benchmarks.table import print_figures, print_steps
 from sae.errors import InputError
@@ -35,6 +37,7 @@ from sae.exits import exit_on_input_error
 from sae.ops.heap import keep_freed_memory
 
 PARTS = ("steps", "kinds", "growth", "baselines", "training", "harvest", "read")
+LONG = ("nmf",)  # a quarter of an hour, nearly all of it scikit-learn's
 
 
 def main() -> None:
@@ -65,6 +68,9 @@ def main() -> None:
     if "baselines" in arguments.only:
         found["baselines"] = baseline_figures(cases[0], arguments.rounds)
         print_figures("baselines", found["baselines"])
+    if "nmf" in arguments.only:
+        found["nmf"] = nmf_figures(arguments.nmf_rows)
+        print_figures("whole fits of NMF", found["nmf"])
     with tempfile.TemporaryDirectory(prefix="sae-benchmark-") as folder:
         found["cache"] = _cache(arguments, cases, Path(folder))
     print_figures("cache", found["cache"])
@@ -98,7 +104,7 @@ def _device(device: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--only", nargs="+", choices=PARTS + LONG, default=PARTS, help="what to measure")
     parser.add_argument(
         "--case", nargs="+", default=[], help="d_model,n_latents,k,rows; default: the table's"
     )
@@ -112,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context-length", type=int, default=128)
     parser.add_argument("--d-model", type=int, default=768, help="width of the rows that are read")
     parser.add_argument("--bytes", type=int, default=600_000_000, help="of the rows that are read")
+    parser.add_argument("--nmf-rows", type=int, default=100_000, help="of 256, for fits of 128 components")
     parser.add_argument("--device", default="cpu", help="of steps and of the language model")
     parser.add_argument("--json", help="also write the figures there")
     return parser

@@ -44,9 +44,9 @@ def plan(tmp_path, monkeypatch):
 
     def make(
         n_latents=256, k=8, batch_size=512, precision="32-true", gpus=1, memory="1TB", callbacks=None,
-        cache=None, source=None, hookpoint=None, **settings,
+        cache=None, source=None, hookpoint=None, controls=None, **settings,
     ):  # fmt: skip
-        module = SparseAutoencoderModule(partial(TopK, n_latents=n_latents, k=k))
+        module = SparseAutoencoderModule(partial(TopK, n_latents=n_latents, k=k), controls=controls)
         data = ActivationDataModule(cache, source or Source(**settings), hookpoint, batch_size)
         trainer = lightning.Trainer(
             accelerator="cpu", max_steps=100, precision=precision, logger=False, callbacks=callbacks,
@@ -174,6 +174,11 @@ def test_the_fit_of_nmf_counts_where_it_is_the_peak(plan):
     assert small.memory.peak_at == "the fit of the NMF baseline"
     assert small.memory.total > plan().memory.total
     assert plan(n_latents=200_000, callbacks=[NMFBaseline()]).memory == plan(n_latents=200_000).memory
+
+
+def test_the_start_that_a_soft_decoder_stays_near_counts(plan):
+    parameters = [plan(controls=control).memory.parameters for control in (None, "decoder", "soft_decoder")]
+    assert parameters[0] == parameters[1] == parameters[2] - 256 * 128 * 4
 
 
 def test_a_plan_needs_neither_cache_nor_weights_and_leaves_nothing(plan, tmp_path):

@@ -188,6 +188,7 @@ def _hyperparameters(
         "n_latents": _joined([dictionary.n_latents for dictionary in each.values()]),
         "k": _joined([dictionary.config.get("k") for dictionary in each.values()]),
         "target_l0": _joined([dictionary.config.get("target_l0") for dictionary in each.values()]),
+        "control": _joined([pl_module.controls.of(name) for name in each]),
         "lr": _joined([pl_module.lr_of(name) for name in each]),
         "batch_size": data.batch_size,
         "hookpoint": data.hookpoint,

@@ -210,7 +210,8 @@ def plan_run(
     with torch.device("meta"):
         dictionaries = module.build(cache.d_model)
     each = tuple(
-        _step(module, d, data.batch_size, trainer, cache, gpus, on_processor) for d in dictionaries.values()
+        _step(module, name, d, data.batch_size, trainer, cache, gpus, on_processor)
+        for name, d in dictionaries.items()
     )
     steps = _steps(trainer, cache.train_rows // data.batch_size)
     tokens = steps * data.batch_size * trainer.accumulate_grad_batches
@@ -233,6 +234,7 @@ def plan_run(
 
 def _step(
     module: SparseAutoencoderModule,
+    name: str,
     dictionary: SparseAutoencoder,
     batch_size: int,
     trainer: lightning.Trainer,
@@ -244,6 +246,7 @@ def _step(
     weights = [p.numel() for p in dictionary.parameters()]
     rows = batch_size // gpus
     ways = module.recipe.ways_for(dictionary)
+    start = dictionary.W_dec.numel() if module.controls.of(name) == "soft_decoder" else 0
     return Step(
         rows=rows,
         held_out_rows=rows,
@@ -253,7 +256,7 @@ def _step(
         revived=revived_per_row(dictionary.d_model, dictionary.n_latents) if "auxk" in ways else 0,
         weights=sum(weights),
         largest=max(weights),
-        buffers=sum(b.numel() for b in dictionary.buffers()),
+        buffers=sum(b.numel() for b in dictionary.buffers()) + start,
         precision=str(trainer.precision),
         row_element=cache.row_dtype.itemsize,
         holds_gradients=gpus > 1 or trainer.accumulate_grad_batches > 1,

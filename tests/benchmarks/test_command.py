@@ -36,6 +36,14 @@ def test_one_small_case_in_full(tmp_path):
 
 
 @pytest.mark.slow
+def test_nmf_ends_where_scikit_learn_does(tmp_path):
+    done = _run("--only", "nmf", "--nmf-rows", "3000", "--json", str(tmp_path / "found.json"))
+    assert done.returncode == 0, done.stderr
+    time, objective = json.loads((tmp_path / "found.json").read_text())["nmf"].values()
+    assert time > 0 and objective < 1.02, done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "environment", "said"),
     [

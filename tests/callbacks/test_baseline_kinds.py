@@ -11,6 +11,7 @@ from sae.callbacks.baselines import check_names
 from sae.errors import InputError
 from sae.runs import finished_metrics
 from sae.studies.comparison import compare, frontier_points, table
+from scripts.almost_orthogonal import main as almost_orthogonal_main
 from scripts.compare import main as compare_main
 from train import main
 
@@ -108,6 +109,14 @@ def test_the_script_tables_runs_that_are_there(runs, capsys):
     folder = runs[0].parent
     assert (folder / "comparison.md").is_file() and "<svg" in (folder / "frontier-l0.svg").read_text()
     assert len(json.loads((folder / "comparison.json").read_text())) == 2 * (len(NAMES) + 1)
+
+
+def test_the_script_counts_sets_of_what_both_seeds_found(runs, capsys):
+    folders = ["--runs", *map(str, runs), "--epsilon", "0.3", "0.9"]
+    almost_orthogonal_main([*folders, "--name", "sae_4"])
+    assert "32 latents in 16 dimensions, 2 seeds:" in capsys.readouterr().out
+    with pytest.raises(InputError, match="`--runs` must be two or more that differ by their seed"):
+        almost_orthogonal_main(["--runs", str(runs[0]), "--name", "sae_4"])
 
 
 def test_a_second_run_finds_the_fits_of_the_first(runs, tiny_cache):

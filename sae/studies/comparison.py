@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from sae.dictionaries import load_dictionary
+import torch
+from torch import Tensor
+
+from sae.dictionaries import Dictionary, Refined, load_dictionary
 from sae.errors import InputError
 from sae.inspection.method_titles import method_title
+from sae.ops.bits import bits_per_row
+from sae.ops.metrics import ReconstructionMetrics
 from sae.ops.stability import share_found_again
 from sae.training.names import SINGLE, metrics_of_each
 
@@ -77,7 +82,49 @@ def compare(runs: Mapping[Path, dict[str, Any]]) -> list[Row]:
                 if of.get(key) is not None:
                     row.scores.setdefault(key, []).append(float(of[key]))
     _add_stability(rows, folders, several)
-    return sorted(rows.values(), key=lambda row: (row.l0, mean(row.scores["fvu"])))
+    return in_order(rows.values())
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """By L0, then by FVU."""
+    return sorted(rows, key=lambda row: (row.l0, mean(row.scores["fvu"])))
+
+
+@torch.no_grad()
+def searched(
+    name: str,
+    dictionaries: Iterable[Dictionary],
+    k: int,
+    batches: Callable[[], Iterable[Tensor]],
+    mean: Tensor,
+) -> Row:
+    """The same directions without their encoder, coded by orthogonal matching pursuit as baselines are.
+
+    What it gains on the autoencoder's own row is what its encoder misses (`sae.Refined`), so that directions
+    can be held against directions.
+
+    Args:
+        name: of the dictionary in the runs.
+        dictionaries: one a seed.
+        k: latents a row.
+        batches: begins one pass over the held-out rows.
+        mean: of the training rows.
+    """
+    scores: dict[str, list[float]] = {}
+    n_latents = 0
+    for dictionary in dictionaries:
+        refined, n_latents = Refined.of(dictionary, "omp", k), dictionary.n_latents
+        metrics = ReconstructionMetrics(n_latents, mean.to(refined.device))
+        for rows in batches():
+            x = rows.to(refined.device, torch.float32)
+            code = refined.encode_sparse(x)
+            metrics.add(x, refined.decode_sparse(code), code, None)
+        found = metrics.compute()
+        of_seed = {"fvu": found.fvu, "bits_per_token": bits_per_row(n_latents, found.l0, signed=False)}
+        for key, value in (of_seed | {"dead_fraction": found.dead_fraction}).items():
+            if value is not None:
+                scores.setdefault(key, []).append(value)
+    return Row(f"{name}, searched", k, n_latents, True, scores)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -103,8 +150,9 @@ def frontier_points(rows: Iterable[Row], x: str = "l0") -> dict[str, list[tuple[
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         at = float(row.l0) if x == "l0" else mean(row.scores[x])
-        stem = row.method.rstrip("0123456789").rstrip("_")
-        points.setdefault(stem or row.method, []).append((at, mean(row.scores["fvu"])))
+        name, comma, rest = row.method.partition(",")
+        stem = name.rstrip("0123456789").rstrip("_") or name
+        points.setdefault(stem + comma + rest, []).append((at, mean(row.scores["fvu"])))
     return {method: sorted(found) for method, found in points.items()}
 
 

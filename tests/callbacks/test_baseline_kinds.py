@@ -108,7 +108,11 @@ def test_the_script_tables_runs_that_are_there(runs, capsys):
     assert "2 seeds, held-out rows" in capsys.readouterr().out
     folder = runs[0].parent
     assert (folder / "comparison.md").is_file() and "<svg" in (folder / "frontier-l0.svg").read_text()
-    assert len(json.loads((folder / "comparison.json").read_text())) == 2 * (len(NAMES) + 1)
+    rows = json.loads((folder / "comparison.json").read_text())
+    assert len(rows) == 2 * (len(NAMES) + 2)
+    fvu = {row["method"]: row["scores"]["fvu"] for row in rows if row["l0"] == 4}
+    searched = fvu["sae_4, searched"]
+    assert len(searched) == 2 and all(a < b for a, b in zip(searched, fvu["sae_4"], strict=True))
 
 
 def test_the_script_counts_sets_of_what_both_seeds_found(runs, capsys):

@@ -34,7 +34,8 @@ def main(args: list[str] | None = None) -> None:
         epsilon: [(width.n_latents, width.found[epsilon], width.random[epsilon]) for width in widths]
         for epsilon in widths[0].found
     }
-    figure = width_tradeoff(fvu, (law.scale, law.exponent), sizes, widths[0].d_model)
+    drawn = f"{law.floor:.2g} + {law.scale:.2g} n^-{law.exponent:.2g}"
+    figure = width_tradeoff(fvu, [(n, law.at(n)) for n, _ in fvu], drawn, sizes, widths[0].d_model)
     write_atomically(run / "widths.svg", to_page(figure))
     print(f"{text}\n\n{run} holds widths.md, widths.json and widths.svg.")
 

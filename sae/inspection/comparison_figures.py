@@ -15,7 +15,7 @@ _COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7f7f7f", "#7b3294", "#8c510a",
     "#000000",
 )  # fmt: skip
-_DASHES = ("-", "--", ":")
+_DASHES, _MARKERS = ("-", "--", ":"), ("o", "s", "^")
 
 
 @matplotlib.rc_context(STYLE)
@@ -30,18 +30,23 @@ def frontier(
         title: above the figure.
     """
     figure, (axes,) = panels(1, width=8.4)
+    figure.set_figheight(max(figure.get_figheight(), 0.21 * len(points)))  # the legend is beside it
     for i, (method, found) in enumerate(sorted(points.items(), key=lambda item: item[1][-1][1])):
+        turn = i // len(_COLOURS) % len(_DASHES)
         style = {
             "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)],
+            "linestyle": _DASHES[turn],
+            "marker": _MARKERS[turn],
         }
-        axes.plot([at for at, _ in found], [fvu for _, fvu in found], marker="o", label=method, **style)
+        axes.plot([at for at, _ in found], [fvu for _, fvu in found], label=method, **style)
     axes.set_xscale("log", base=2)
     ticks = sorted({at for found in points.values() for at, _ in found})
     axes.xaxis.set_major_locator(FixedLocator(apart(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda at, _: f"{at:.3g}")
-    axes.set_ylim(bottom=0.0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda at, _: f"{at:.3g}")
+    axes.yaxis.set_minor_formatter(lambda at, _: f"{at:.1g}" if f"{at:e}"[0] in "25" else "")
     axes.set(xlabel=x, ylabel="FVU (held-out)", title=title)
     figure.legend(loc="outside right upper", fontsize=8.5)
     return figure
@@ -114,7 +119,8 @@ def almost_orthogonal_sets(geometry: Mapping[str, Any]) -> Figure:
 @matplotlib.rc_context(STYLE)
 def width_tradeoff(
     fvu: Sequence[tuple[int, float]],
-    law: tuple[float, float],
+    law: Sequence[tuple[int, float]],
+    law_title: str,
     sizes: Mapping[float, Sequence[tuple[int, int, int]]],
     d_model: int,
 ) -> Figure:
@@ -122,15 +128,15 @@ def width_tradeoff(
 
     Args:
         fvu: (n_latents, FVU) by rising width.
-        law: scale and exponent in FVU = scale n^-exponent.
+        law: what a law says in place of the FVU.
+        law_title: how it is written.
         sizes: by epsilon, (n_latents, set found, set among random directions).
         d_model: width of the rows, for the basis.
     """
     figure, (left, right) = panels(2, width=9.6)
-    n, scale, exponent = [width for width, _ in fvu], *law
+    n = [width for width, _ in fvu]
     left.plot(n, [value for _, value in fvu], "o", color=SETS["sae"][1], label="dictionaries")
-    drawn = f"{scale:.2g} n^-{exponent:.2g}"
-    left.plot(n, [scale * width**-exponent for width in n], "--", color="#9aa0a6", label=drawn)
+    left.plot(*zip(*law, strict=True), "--", color="#9aa0a6", label=law_title)
     left.set(xlabel="latents", ylabel="FVU (held-out)", title="What width buys")
     for i, (epsilon, rows) in enumerate(sorted(sizes.items())):
         colour = _COLOURS[i % len(_COLOURS)]

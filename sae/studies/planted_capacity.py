@@ -82,18 +82,6 @@ class Fit(NamedTuple):
     """About log count = log d + constant, which is count ∝ d; it has one parameter less."""
 
 
-class PowerLaw(NamedTuple):
-    """fvu = scale n^-exponent."""
-
-    exponent: float
-    low: float
-    high: float
-    """Ends of the `CONFIDENCE` interval of the exponent."""
-    scale: float
-    residual: float
-    """Standard deviation of log fvu about the line."""
-
-
 def greedy_packing(
     d: int,
     epsilon: float,
@@ -223,12 +211,6 @@ def fit_exponential(d: Sequence[int], counts: Numbers, epsilon: float) -> Fit:
         residual=line.residual,
         linear_residual=float((y - np.log(x)).std(ddof=1)),
     )
-
-
-def fit_power_law(n: Numbers, fvu: Numbers) -> PowerLaw:
-    """Fits log fvu = log scale - exponent log n, e.g. of dictionaries of several widths."""
-    line = fit_line(np.log(_positive("n", n)), np.log(_positive("fvu", fvu)))
-    return PowerLaw(-line.slope, -line.high, -line.low, math.exp(line.intercept), line.residual)
 
 
 def fit_line(x: Numbers, y: Numbers) -> Line:

@@ -18,7 +18,6 @@ from sae.studies.planted_capacity import (
     dictionary_learning,
     fit_exponential,
     fit_line,
-    fit_power_law,
     greedy_packing,
     planted_sweep,
     recovered,
@@ -130,25 +129,19 @@ def test_line_equals_the_textbook_one():
 
 def test_intervals_hold_the_truth_nine_times_in_ten():
     random = np.random.default_rng(0)
-    n = np.array([64, 128, 256, 512, 1024, 2048])
+    x = np.arange(6)
     held = 0
     for _ in range(400):
-        law = fit_power_law(n, 0.9 * n**-0.3 * np.exp(0.05 * random.standard_normal(len(n))))
-        held += law.low <= 0.3 <= law.high
+        line = fit_line(x, 0.9 - 0.3 * x + 0.05 * random.standard_normal(len(x)))
+        held += line.low <= -0.3 <= line.high
     assert held / 400 == pytest.approx(0.9, abs=0.04)
-
-
-def test_power_law_of_exact_values():
-    law = fit_power_law([10, 100, 1000], [0.5, 0.05, 0.005])
-    assert (law.exponent, law.low, law.high) == pytest.approx((1, 1, 1))
-    assert law.scale == pytest.approx(5)
 
 
 def test_studies_refuse_bad_input():
     with pytest.raises(InputError, match="needs 3 different points"):
         fit_line([1, 1, 2], [1, 2, 3])
-    with pytest.raises(InputError, match="`fvu` must be finite and positive"):
-        fit_power_law([1, 2, 3], [0.1, 0.0, 0.2])
+    with pytest.raises(InputError, match="`counts` must be finite and positive"):
+        fit_exponential([1, 2, 3], [1, 0, 2], 0.2)
     with pytest.raises(InputError, match="`patience` and `cap` must be at least 1"):
         greedy_packing(8, 0.5, seeded(), patience=0)
     with pytest.raises(InputError, match="`k` must be in"):

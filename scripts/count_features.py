@@ -2,6 +2,7 @@
 
     python scripts/count_features.py --config quickstart.yaml
     python scripts/count_features.py --config quickstart.yaml --l0 12 --seeds 7 --json in_use.json
+    python scripts/count_features.py --config quickstart.yaml --l0 12 --widths 128 256 512 1024 --steps 2000
 
 Takes the same configuration and overrides as train.py, and makes the cache where it is missing. What it says
 is biased in known ways, which it prints.
@@ -26,6 +27,7 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("--l0", type=float, help="Features a row; chosen from the data if left out.")
     parser.add_argument("--seeds", type=int, default=5, help="Dictionaries of each width.")
+    parser.add_argument("--widths", type=int, nargs="+", help="These; doubled until enough if left out.")
     parser.add_argument("--widest", type=int, help="No width above this; 32 d_model if left out.")
     parser.add_argument("--steps", type=int, default=400, help="Optimiser steps of each dictionary.")
     parser.add_argument("--json", type=Path, help="Where to write the same as JSON.")
@@ -34,9 +36,8 @@ def main(args: list[str] | None = None) -> None:
     cli.datamodule.prepare_data()
     cli.datamodule.setup()
     device = cli.trainer.strategy.root_device
-    found = count_from(
-        cli.datamodule, own.l0, device, seeds=own.seeds, widest=own.widest, steps=own.steps, progress=True
-    )
+    settings = {name: getattr(own, name) for name in ("seeds", "widths", "widest", "steps")}
+    found = count_from(cli.datamodule, own.l0, device, **settings)
     if own.json is not None:
         write_json(own.json, found.as_dict())
     print(found.as_table())

@@ -13,6 +13,7 @@ from sae.errors import InputError
 from sae.ops.stability import Captures
 from sae.studies.in_use import MARGIN, InUse, count_at_width, count_features, is_strong
 from sae.studies.seeds import Seeds, train_seeds
+from scripts.count_features import main as script_main
 
 
 def _random(n, d, seed):
@@ -156,3 +157,14 @@ def test_the_interval_covers_the_truth_in_eight_of_ten_planted_worlds():
     assert sum(covered) >= 8, found
     # Useful too: not covered by being wide, nor without an upper end.
     assert sum(high - low <= 0.5 * truth for truth, (_, low, high) in found.values()) >= 8, found
+
+
+@pytest.mark.slow
+def test_the_script_counts_on_a_cache(write_config, tmp_path, capsys):
+    settings = ["--l0", "2", "--widths", "16", "32", "--seeds", "3", "--steps", "20"]
+    path = tmp_path / "in_use.json"
+    script_main(["--config", str(write_config(tmp_path)), *settings, "--json", str(path)])
+    assert "features in use: at least" in capsys.readouterr().out  # twenty steps teach no two seeds the same
+    found = json.loads(path.read_text())
+    assert [row["n_latents"] for row in found["curve"]] == [16, 32] and found["is_bound"]
+    assert all(sum(row["caught"]) >= sum(row["kept"]) for row in found["curve"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -175,6 +176,7 @@ def count_from(
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))].to(device)
     if l0 is None:
         l0 = choose_l0(probe(data.d_model, 4 * data.d_model), x, progress=progress).value
+        print(f"L0 {l0:.3g}, chosen from the data.", file=sys.stderr)
     return count_features(x, l0, progress=progress, **settings)
 
 

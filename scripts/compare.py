@@ -68,7 +68,11 @@ def _searched(metrics: dict[Path, dict[str, Any]]) -> Iterator[Row]:
     folders = list(metrics)
     for name, of in metrics_of_each(metrics[folders[0]]).items():
         asked = None if name == SINGLE else name
-        opened = [open_run(folder, dictionary=asked) for folder in folders]
+        try:
+            opened = [open_run(folder, dictionary=asked) for folder in folders]
+        except InputError as error:  # no reason to lose the rest
+            print(f"No dictionary was coded by a search: {error}", file=sys.stderr)
+            return
         first = opened[0]
         if isinstance(first.dictionary, MatchingPursuit):
             continue

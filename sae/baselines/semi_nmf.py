@@ -211,7 +211,12 @@ def nearest_components(
     """Least |X - Z H|² + ridge |H - components|², in units of ZᵀZ: no larger |X - Z H|², whatever the ridge.
 
     Solved as a step from the components, so that those which are best already, or unused, stay as they are.
+
+    Raises:
+        InputError: if the sums are not finite.
     """
+    if not (codes_codes.isfinite().all() and codes_rows.isfinite().all()):
+        raise InputError("rows must be small enough to be squared in float32, got sums that are not finite.")
     use = codes_codes.diagonal().sqrt()
     inverse = torch.where(use > 0, 1 / use, 1)[:, None]
     slope = inverse * (codes_rows - codes_codes @ components)

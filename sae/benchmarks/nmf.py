@@ -14,7 +14,7 @@ from sae.ops.moments import StreamingMoments
 
 WIDTH, COMPONENTS = 256, 128
 _SWEEPS = 200
-"""scikit-learn's default, within which it converges on these rows."""
+"""scikit-learn's default; it warns if it has not converged by then."""
 
 
 def nmf_figures(n_rows: int, seed: int = 0) -> dict[str, float]:

@@ -115,6 +115,12 @@ def test_semi_nmf_unused_direction_keeps_its_values():
     torch.testing.assert_close(updated, torch.tensor([[2.0, 1.0], [0.6, 0.8]], dtype=torch.float64))
 
 
+def test_semi_nmf_of_sums_that_overflowed_is_an_error():
+    sums = torch.full((2, 2), torch.inf, dtype=torch.float64)
+    with pytest.raises(InputError, match="small enough to be squared in float32"):
+        nearest_components(sums, sums, torch.eye(2, dtype=torch.float64), ridge=1e-5)
+
+
 def test_spread_rows_takes_each_direction_once():
     directions = torch.eye(4)
     rows = torch.cat([directions, 3 * directions, torch.zeros(5, 4)])

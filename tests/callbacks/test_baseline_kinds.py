@@ -115,6 +115,17 @@ def test_the_script_tables_runs_that_are_there(runs, capsys):
     assert len(searched) == 2 and all(a < b for a, b in zip(searched, fvu["sae_4"], strict=True))
 
 
+def test_the_table_needs_no_cache_but_says_what_it_misses_without(runs, capsys, monkeypatch):
+    def gone(folder, device=None, dictionary=None):
+        raise InputError("the cache of this run is gone.")
+
+    monkeypatch.setattr("scripts.compare.open_run", gone)
+    compare_main(["--runs", *map(str, runs)])
+    printed = capsys.readouterr()
+    assert "No dictionary was coded by a search: the cache of this run is gone." in printed.err
+    assert "sae_4" in printed.out and "searched" not in printed.out.replace("coded by a search", "")
+
+
 def test_the_script_counts_sets_of_what_both_seeds_found(runs, capsys):
     folders = ["--runs", *map(str, runs), "--epsilon", "0.3", "0.9"]
     almost_orthogonal_main([*folders, "--name", "sae_4"])

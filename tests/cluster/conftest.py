@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel", "sinfo")
 PATH = f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}:/usr/sbin"
+PATIENCE = 300  # seconds until what a test waits for is taken for hung: two ranks may import for a minute
 
 # Nodes that share an address differ in their ports. No cgroups, no accounting, no user but that of the tests.
 CONF = """\
@@ -60,7 +61,7 @@ PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def _wait_for(condition, seconds, what):
+def _wait_for(condition, what, seconds=PATIENCE):
     """What `condition` returns once that is something; AssertionError with `what()` after `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -141,16 +142,14 @@ class Slurm:
         self._call("slurmctld")
         for node in ("n1", "n2"):
             self._call("slurmd", "-N", node)
-        _wait_for(
-            lambda: set(self._call("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, 30, self._logs
-        )
+        _wait_for(lambda: set(self._call("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, self._logs)
 
     def stop(self) -> None:
         """Cancels what runs, and ends the daemons by their pid files."""
         with contextlib.suppress(AssertionError, subprocess.SubprocessError):
             self._call("scancel", "--user=root")
             self._call("scancel", "--user=root", "--signal=KILL")
-            _wait_for(lambda: not self._call("squeue", "-h"), self.KILL_WAIT + 10, "all jobs end")
+            _wait_for(lambda: not self._call("squeue", "-h"), "all jobs end", self.KILL_WAIT + 30)
         for path in [*self.folder.glob("*.pid"), self.folder / "munge" / "pid"]:
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int(path.read_text()), signal.SIGTERM)
@@ -203,7 +202,7 @@ class Job:
         path = self.slurm.folder / f"{self.script}-{self.facts()['JobId']}.out"
         return path.read_text(errors="replace") if path.is_file() else ""
 
-    def wait(self, *states: str, seconds: float = 90) -> dict[str, str]:
+    def wait(self, *states: str, seconds: float = PATIENCE) -> dict[str, str]:
         """Waits until it is in one of the states."""
 
         def arrived():
@@ -214,7 +213,7 @@ class Job:
             assert not ended, f"job {self.number} is {facts['JobState']} and not {states}:\n{self.output}"
             return None
 
-        return _wait_for(arrived, seconds, lambda: f"{states}: {self.facts()}\n{self.output}")
+        return _wait_for(arrived, lambda: f"{states}: {self.facts()}\n{self.output}", seconds)
 
     def await_deaf(self, program: str) -> None:
         """Waits until every rank holds signals back, or handles them: they no longer kill it."""
@@ -225,7 +224,7 @@ class Job:
             bit = 1 << signal.SIGUSR1 - 1
             return len(masks) == 2 and all(any(int(mask, 16) & bit for mask in two) for two in masks)
 
-        _wait_for(deaf, 30, lambda: f"ranks that hold SIGUSR1 back: {self.facts()}\n{self.output}")
+        _wait_for(deaf, lambda: f"ranks that hold SIGUSR1 back: {self.facts()}\n{self.output}")
 
     def signal(self, name: str) -> None:
         """scancel --signal: to every task of the step."""
@@ -303,9 +302,9 @@ class LongRun:
             return torch.load(path, weights_only=True)["global_step"]
         return 0
 
-    def await_checkpoint(self, name: str, step: int, seconds: float = 90) -> None:
+    def await_checkpoint(self, name: str, step: int) -> None:
         """Waits for a checkpoint of that step or a later one."""
-        _wait_for(lambda: self.saved_step(name) >= step, seconds, f"{name}: a checkpoint of step {step}")
+        _wait_for(lambda: self.saved_step(name) >= step, f"{name}: a checkpoint of step {step}")
 
     def metrics(self, name: str) -> dict:
         return json.loads((self.folder(name) / "metrics.json").read_text())
@@ -403,11 +402,11 @@ def unbroken(request, long_run, launch) -> str:
     if _reason_without_slurm():
         output = long_run.folder("unbroken.log")
         process = launch(output, *long_run.arguments("unbroken"), torchrun=["--standalone"])
-        assert process.wait(120) == 0, output.read_text()
+        assert process.wait(PATIENCE) == 0, output.read_text()
     else:
         slurm = request.getfixturevalue("slurm")
         job = slurm.submit("train", *long_run.arguments("unbroken"), options=slurm.TWO_NODES)
-        facts = job.wait("COMPLETED", seconds=120)
+        facts = job.wait("COMPLETED")
         assert (facts["ExitCode"], facts["NumNodes"], facts["Restarts"]) == ("0:0", "2", "0")
         assert job.output.count("holds metrics.json") == 1  # the last line of a run, from one rank
     return "unbroken"

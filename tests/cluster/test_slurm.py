@@ -34,19 +34,19 @@ def test_usr1_and_requeue_lose_no_step(slurm, long_run, unbroken, tmp_path):
 
     long_run.await_checkpoint("preempted", long_run.EVERY)
     job.signal("USR1")
-    job.wait("PENDING", seconds=40)
+    job.wait("PENDING")
     (first,) = _stops(job.output, "SIGUSR1")
     assert long_run.saved_step("preempted") == first
     job.release()
 
     long_run.await_checkpoint("preempted", first + long_run.EVERY)
     job.requeue()
-    job.wait("PENDING", seconds=40)
+    job.wait("PENDING")
     (second,) = _stops(job.output, "SIGTERM")
     assert long_run.saved_step("preempted") == second > first
     job.release()
 
-    assert job.wait("COMPLETED", seconds=120)["Restarts"] == "2"
+    assert job.wait("COMPLETED")["Restarts"] == "2"
     long_run.check_equal("preempted", unbroken)
     # Every step once, with the same loss: neither repeated nor left out.
     assert long_run.curve("preempted", "train/fvu") == long_run.curve(unbroken, "train/fvu")
@@ -66,7 +66,7 @@ def test_a_rank_that_dies_fails_the_job_within_a_minute(slurm, long_run):
 
 def test_bad_input_fails_the_job_with_one_message(slurm, long_run):
     job = slurm.submit("train", *long_run.arguments("bad", "--model.nonsense=1"), options=slurm.TWO_NODES)
-    facts = job.wait("FAILED", seconds=60)
+    facts = job.wait("FAILED")
     assert facts["ExitCode"] == "2:0", job.output
     assert job.output.count("nonsense") == 1 and "Traceback" not in job.output
     assert not long_run.folder("bad").exists()
@@ -80,10 +80,10 @@ def test_nodes_harvest_the_same_bytes_and_an_early_signal_is_not_lost(slurm, lon
     )
     job.await_deaf("cache_activations.py")  # while it imports
     job.signal("USR1")
-    job.wait("PENDING", seconds=40)
+    job.wait("PENDING")
     assert job.output.count("stopped by SIGUSR1") == 1
     job.release()
-    assert job.wait("COMPLETED", seconds=120)["Restarts"] == "1"
+    assert job.wait("COMPLETED")["Restarts"] == "1"
 
     def files(folder):
         manifest = json.loads((Path(folder) / "manifest.json").read_text())
@@ -106,10 +106,10 @@ def test_sweep_trains_each_line_and_a_task_requeues_only_itself(slurm, long_run)
     tasks = {number: job.task(number) for number in (1, 2, 3)}
     long_run.await_checkpoint("sweep/runs/ks/3", long_run.EVERY)
     tasks[3].signal("USR1")
-    tasks[3].wait("PENDING", seconds=40)
+    tasks[3].wait("PENDING")
     tasks[3].release()
     for number, task in tasks.items():
-        assert task.wait("COMPLETED", seconds=120)["Restarts"] == ("1" if number == 3 else "0")
+        assert task.wait("COMPLETED")["Restarts"] == ("1" if number == 3 else "0")
     for number, k, steps in ((1, 2, 100), (3, 3, 400)):
         metrics = long_run.metrics(f"sweep/runs/ks/{number}")
         assert metrics["finished"] and metrics["steps"] == steps and metrics["l0"] <= k
@@ -122,7 +122,7 @@ def test_port_that_is_in_use_is_said_before_anything_starts(slurm, long_run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         job = slurm.submit("train", *long_run.arguments("port"), MASTER_PORT=str(port))
-        assert job.wait("FAILED", seconds=20)["ExitCode"] == "2:0"
+        assert job.wait("FAILED")["ExitCode"] == "2:0"
     assert f"MASTER_PORT={port} is in use" in job.output
 
 

@@ -9,6 +9,8 @@ import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch: they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(processes))))
 
 import time
 

@@ -179,12 +179,12 @@ def test_the_heart_beats_until_the_release(tmp_path, monkeypatch):
     lock = RunLock(tmp_path)
     lock.acquire()
     _silent_for(tmp_path / LOCK, 1000)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while read_lock(tmp_path).age_s > 500 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert read_lock(tmp_path).age_s < 500
     lock.release()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(t.name == "run lock" for t in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(t.name == "run lock" for t in threading.enumerate())

@@ -257,7 +257,7 @@ def _served(folder):
             return answer.read()
 
     try:
-        deadline, known = time.monotonic() + 60, b""
+        deadline, known = time.monotonic() + 180, b""
         # Runs are listed before all of their files have been read; the last one has the hyperparameters.
         while b"n_latents" not in known and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -98,10 +98,11 @@ def searched(
     batches: Callable[[], Iterable[Tensor]],
     mean: Tensor,
 ) -> Row:
-    """The same directions without their encoder, coded by orthogonal matching pursuit as baselines are.
+    """The same directions without their encoder, coded by a non-negative orthogonal pursuit.
 
     What it gains on the autoencoder's own row is what its encoder misses (`sae.Refined`), so that directions
-    can be held against directions.
+    can be held against directions. k-means and NMF are coded so; dictionary learning, ICA and random
+    directions by a pursuit of both signs, which leaves less.
 
     Args:
         name: of the dictionary in the runs.

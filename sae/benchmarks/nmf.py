@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae.baselines import NMF
+from sae.errors import InputError
 from sae.ops.moments import StreamingMoments
 
 WIDTH, COMPONENTS = 256, 128
@@ -24,7 +25,12 @@ def nmf_figures(n_rows: int, worlds: int = 1) -> dict[str, float]:
     Both objectives are of the best codes on the components found, so that neither is judged by how far its
     own codes had come. Minutes a world at 100,000 rows, so each is fitted once. Both end in a local minimum,
     and one planted part that is missed raises the objective by some hundredths: one world says little.
+
+    Raises:
+        InputError: if there is no world to fit.
     """
+    if worlds < 1:
+        raise InputError(f"`--nmf-worlds` must be at least 1, got {worlds}.")
     found = {}
     for world in range(worlds):
         found |= {f"{name}, world {world}": figure for name, figure in _figures_of(n_rows, world).items()}

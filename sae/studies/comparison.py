@@ -101,8 +101,8 @@ def searched(
     """The same directions without their encoder, coded by a non-negative orthogonal pursuit.
 
     What it gains on the autoencoder's own row is what its encoder misses (`sae.Refined`), so that directions
-    can be held against directions. k-means and NMF are coded so; dictionary learning, ICA and random
-    directions by a pursuit of both signs, which leaves less.
+    can be held against directions. k-means and NMF of split rows are coded so; dictionary learning, ICA
+    and random directions by a pursuit of both signs, which usually leaves less.
 
     Args:
         name: of the dictionary in the runs.

@@ -53,6 +53,7 @@ def test_nmf_ends_where_scikit_learn_does(tmp_path):
     [
         (["--device", "cuda"], {"CUDA_VISIBLE_DEVICES": ""}, "torch sees no GPU here"),
         (["--case", "1,2"], {}, "must be d_model,n_latents,k,rows"),
+        (["--only", "nmf", "--nmf-worlds", "0"], {}, "`--nmf-worlds` must be at least 1, got 0"),
         (["--only", "steps"], {"CXX": "no-such-compiler"}, "the compiler that CXX names, no-such-compiler"),
         (["--only", "steps"], {"PATH": ""}, r"a C++ compiler such as g++, and there is none; install it, or"),
     ],

@@ -15,7 +15,7 @@ from sae.baselines import (
     RandomDirections,
     SemiNMF,
 )
-from sae.callbacks.baselines import BaselineCallback
+from sae.callbacks.baselines import BaselineCallback, Wanted
 from sae.errors import InputError
 from sae.training import SparseAutoencoderModule
 
@@ -38,9 +38,9 @@ class PCABaseline(BaselineCallback):
         """
         super().__init__(n_components, curve, max_rows=1, keep=False)
 
-    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+    def make(self, wanted: Wanted) -> Baseline:
         """A PCA."""
-        return PCA(d_model, n_components)
+        return PCA(wanted.d_model, wanted.n_components)
 
 
 class NMFBaseline(BaselineCallback):
@@ -78,9 +78,10 @@ class NMFBaseline(BaselineCallback):
         self.name = "nmf" if signs == "split" else f"nmf_{signs}"
         self._settings |= {"signs": signs, "solver": solver}
 
-    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+    def make(self, wanted: Wanted) -> Baseline:
         """An NMF."""
-        return NMF(d_model, n_components or d_model, seed=seed, signs=self._signs, solver=self._solver)
+        n = wanted.n_components or wanted.d_model
+        return NMF(wanted.d_model, n, seed=wanted.seed, signs=self._signs, solver=self._solver)
 
 
 class SemiNMFBaseline(BaselineCallback):
@@ -111,9 +112,10 @@ class SemiNMFBaseline(BaselineCallback):
         self._solver = solver
         self._settings |= {"solver": solver}
 
-    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+    def make(self, wanted: Wanted) -> Baseline:
         """A semi-NMF."""
-        return SemiNMF(d_model, n_components or d_model, seed=seed, solver=self._solver)
+        n = wanted.n_components or wanted.d_model
+        return SemiNMF(wanted.d_model, n, seed=wanted.seed, solver=self._solver)
 
 
 class ICABaseline(BaselineCallback):
@@ -140,9 +142,9 @@ class ICABaseline(BaselineCallback):
         """
         super().__init__(n_components, [] if curve is None else curve, max_rows, seeds, keep)
 
-    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+    def make(self, wanted: Wanted) -> Baseline:
         """An ICA."""
-        return ICA(d_model, n_components, seed=seed)
+        return ICA(wanted.d_model, wanted.n_components, seed=wanted.seed)
 
 
 class KMeansBaseline(BaselineCallback):
@@ -171,9 +173,9 @@ class KMeansBaseline(BaselineCallback):
         """Takes the width."""
         self._n_components = self._n_components or _widest(pl_module)
 
-    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+    def make(self, wanted: Wanted) -> Baseline:
         """A k-means."""
-        return KMeans(d_model, n_components or d_model, seed=seed)
+        return KMeans(wanted.d_model, wanted.n_components or wanted.d_model, seed=wanted.seed)
 
 
 class DictionaryLearningBaseline(BaselineCallback):
@@ -182,7 +184,7 @@ class DictionaryLearningBaseline(BaselineCallback):
     def __init__(
         self,
         n_components: int | None = None,
-        k: int | None = None,
+        k: int | list[int] | None = None,
         method: Literal["online", "ksvd"] = "online",
         max_rows: int = 50_000,
         seeds: int = 1,
@@ -192,34 +194,38 @@ class DictionaryLearningBaseline(BaselineCallback):
 
         Args:
             n_components: atoms; null = as many as the widest dictionary has latents.
-            k: coefficients of a row while it learns; null = the first dictionary's k or target L0.
+            k: coefficients of a row while it learns. With several it is learned for each, and scored at an
+                L0 as learned for the nearest; null = every k or target L0 that a dictionary has.
             method: online (sums that forget) or ksvd (atom by atom).
             max_rows: rows that it is fitted on, a random sample of the train split.
             seeds: fits from so many starts, for `stability`; the first one is the baseline.
             keep: whether fits are kept with the cache.
         """
-        if k is not None and k < 1:
-            raise InputError(f"`k` must be at least 1, got k={k}.")
+        ks = [] if k is None else [k] if isinstance(k, int) else k
+        if (k is not None and not ks) or any(one < 1 for one in ks):
+            raise InputError(f"`k` must be at least 1, or several such, got k={k}.")
         super().__init__(n_components, [], max_rows, seeds, keep)
         self.name = "dictionary_learning" if method == "online" else method
-        self._method, self._k = method, k
+        self._method, self._ks = method, sorted(set(ks))
         self._settings |= {"method": method, "k": k}
 
     def prepare(self, pl_module: SparseAutoencoderModule) -> None:
-        """Takes width and k."""
+        """Takes the width, and what to learn for."""
         self._n_components = self._n_components or _widest(pl_module)
-        first = next(iter(pl_module.dictionaries.values()))
-        own = getattr(first, "k", None) or getattr(first, "target_l0", None)
-        if self._k is None and own is None:
+        dictionaries = list(pl_module.dictionaries.values())
+        own = [getattr(one, "k", None) or getattr(one, "target_l0", None) for one in dictionaries]
+        ks = self._ks or sorted({max(1, round(l0)) for l0 in own if l0 is not None})
+        if not ks:
             raise InputError(
-                f"`k` of {self.name} must be given: {type(first).__name__} has no L0 of its own."
+                f"`k` of {self.name} must be given: {type(dictionaries[0]).__name__} has no L0 of its own."
             )
-        self._k = self._k or max(1, round(own))
+        self._l0s = list(ks)
 
-    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+    def make(self, wanted: Wanted) -> Baseline:
         """A learned dictionary."""
-        n = n_components or d_model
-        return DictionaryLearning(d_model, n, min(self._k or 1, n), method=self._method, seed=seed)
+        n = wanted.n_components or wanted.d_model
+        k = min(wanted.l0 or 1, n)
+        return DictionaryLearning(wanted.d_model, n, k, method=self._method, seed=wanted.seed)
 
 
 class NaturalBaseline(BaselineCallback):
@@ -230,9 +236,9 @@ class NaturalBaseline(BaselineCallback):
     def __init__(self) -> None:
         super().__init__(None, [], max_rows=100_000)
 
-    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+    def make(self, wanted: Wanted) -> Baseline:
         """The natural basis."""
-        return NaturalBasis(d_model)
+        return NaturalBasis(wanted.d_model)
 
 
 class RandomBaseline(BaselineCallback):
@@ -252,9 +258,10 @@ class RandomBaseline(BaselineCallback):
         """Takes the width."""
         self._n_components = self._n_components or _widest(pl_module)
 
-    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+    def make(self, wanted: Wanted) -> Baseline:
         """Random directions."""
-        return RandomDirections(d_model, n_components or d_model, seed=seed)
+        n = wanted.n_components or wanted.d_model
+        return RandomDirections(wanted.d_model, n, seed=wanted.seed)
 
 
 def _widest(pl_module: SparseAutoencoderModule) -> int:

@@ -8,7 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning
 import torch
@@ -31,14 +31,32 @@ from sae.training import SparseAutoencoderModule
 from sae.training.names import SINGLE, curve
 
 
+class Wanted(NamedTuple):
+    """A baseline to be made."""
+
+    d_model: int
+    n_components: int | None
+    """None = what its kind has by itself."""
+    seed: int = 0
+    l0: int | None = None
+    """That it is to be learned for, where its kind learns for one."""
+
+
+class _Fit(NamedTuple):
+    baseline: Baseline
+    seconds: float
+    stability: float | None
+
+
 class BaselineCallback(lightning.Callback):
     """Fits one baseline before training and scores it at every validation.
 
     At the autoencoder's own L0: unit atoms, the same mean, k = round(l0) coefficients a row. Scores go
     to `baseline/<name>/...` in the logs and to `metrics()["baselines"][<name>]`. Where several dictionaries
-    are trained it is fitted once, and scored at the L0 of each. A fit is kept in `baselines/` in the cache's
-    folder, by a hash of the rows and of the settings, for whatever run asks for the same one; not where the
-    cache is behind a URL or comes and goes, or its folder cannot be written to.
+    are trained it is fitted once, or once for each L0 where its learning depends on one, and scored at the
+    L0 of each. A fit is kept in `baselines/` in the cache's folder, by a hash of the rows and of the
+    settings, for whatever run asks for the same one; not where the cache is behind a URL or comes and goes,
+    or its folder cannot be written to.
     """
 
     name: str
@@ -66,9 +84,8 @@ class BaselineCallback(lightning.Callback):
             "max_rows": max_rows,
             "seeds": seeds,
         }
-        self._stability: float | None = None
-        self._fitted: Baseline | None = None
-        self._fit_s = 0.0
+        self._l0s: list[int | None] = [None]  # to learn for; None: its learning knows none
+        self._fits: dict[int | None, _Fit] = {}
         self._curve: dict[str, float | None] = {}
         self._scores: dict[int, ReconstructionScores] = {}
         self._at: dict[str, int] = {}
@@ -83,11 +100,16 @@ class BaselineCallback(lightning.Callback):
         """The fit and its scores, so that a resumed run need not fit again."""
         return {
             "settings": self._settings,
-            "fitted": None if self._fitted is None else self._fitted.state_dict(),
-            "kind": type(self._fitted).__name__,
-            "config": None if self._fitted is None else self._fitted.config,
-            "fit_s": self._fit_s,
-            "stability": self._stability,
+            "fits": {
+                l0: {
+                    "kind": type(fit.baseline).__name__,
+                    "config": fit.baseline.config,
+                    "state": fit.baseline.state_dict(),
+                    "seconds": fit.seconds,
+                    "stability": fit.stability,
+                }
+                for l0, fit in self._fits.items()
+            },
             "curve": self._curve,
             "scores": {k: scores._asdict() for k, scores in self._scores.items()},
             "logged_at": self._logged_at,
@@ -95,33 +117,35 @@ class BaselineCallback(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them, unless the baseline has been described anew since."""
-        if state_dict["fitted"] is None or state_dict["settings"] != self._settings:
+        if not state_dict.get("fits") or state_dict["settings"] != self._settings:
             return
-        kind = Dictionary.kinds[state_dict["kind"]]
-        self._fitted = cast(Baseline, kind(**state_dict["config"]))
-        self._fitted.load_state_dict(state_dict["fitted"])
-        self._fit_s, self._curve = state_dict["fit_s"], state_dict["curve"]
-        self._stability = state_dict["stability"]
+        for l0, saved in state_dict["fits"].items():
+            baseline = cast(Baseline, Dictionary.kinds[saved["kind"]](**saved["config"]))
+            baseline.load_state_dict(saved["state"])
+            self._fits[l0] = _Fit(baseline, saved["seconds"], saved["stability"])
+        self._curve = state_dict["curve"]
         self._scores = {k: ReconstructionScores(**scores) for k, scores in state_dict["scores"].items()}
         self._logged_at = state_dict["logged_at"]
 
     @abstractmethod
-    def make(self, d_model: int, n_components: int | None, seed: int = 0) -> Baseline:
+    def make(self, wanted: Wanted) -> Baseline:
         """A fresh baseline."""
 
     def prepare(self, pl_module: SparseAutoencoderModule) -> None:
         """Takes what the baseline has to know of the autoencoders before it is made."""
 
-    @property
-    def baseline(self) -> Baseline:
-        """The fitted baseline.
+    def baseline_for(self, k: int) -> Baseline:
+        """The fitted baseline, of several the one that was learned for the L0 nearest to k.
 
         Raises:
             InputError: before training has started.
         """
-        if self._fitted is None:
+        return self._fit_for(k).baseline
+
+    def _fit_for(self, k: int) -> _Fit:
+        if not self._fits:
             raise InputError(f"the {self.name} baseline is fitted when training starts; it has not started.")
-        return self._fitted
+        return self._fits[min(self._fits, key=lambda l0: abs((l0 or k) - k))]
 
     def k_for(self, name: str) -> int:
         """Coefficients per row at the last scoring: the L0 of the dictionary of that name."""
@@ -130,49 +154,54 @@ class BaselineCallback(lightning.Callback):
 
     def reconstruct(self, x: Float[Tensor, "rows d_model"], k: int) -> Float[Tensor, "rows d_model"]:
         """Rows written with k coefficients each."""
-        x = x.to(self.baseline.device, torch.float32)
-        return self.baseline.decode_sparse(self.baseline.sparse_code(x, k))
+        baseline = self.baseline_for(k)
+        return baseline.decode_sparse(baseline.sparse_code(x.to(baseline.device, torch.float32), k))
 
     def metrics(self, name: str = SINGLE) -> dict[str, Any]:
         """What goes into metrics.json, beside the scores of the dictionary of that name."""
-        if name not in self._at or self._fitted is None:
+        if name not in self._at or not self._fits:
             return {}
-        scores = self._scores[self._at[name]]._asdict()
+        k = self._at[name]
+        fit = self._fit_for(k)
         extra = {
-            "n_latents": self._fitted.n_latents,
-            "k": self._at[name],
-            "fit_s": round(self._fit_s, 2),
-            "stability": self._stability,
+            "n_latents": fit.baseline.n_latents,
+            "k": k,
+            "fit_s": round(fit.seconds, 2),
+            "stability": fit.stability,
             "fvu_by_components": self._curve,
         }
-        return {"baselines": {self.name: scores | extra}}
+        return {"baselines": {self.name: self._scores[k]._asdict() | extra}}
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Fits the baseline, and its curve over the number of components."""
         data, device = _datamodule(trainer), pl_module.device
-        if self._fitted is not None:  # it came with the checkpoint
-            self._fitted.to(device)
+        if self._fits:  # they came with the checkpoint
+            for fit in self._fits.values():
+                fit.baseline.to(device)
             return
         group = Group.of_training(device)
         self.prepare(pl_module)
         curve_at = [data.d_model // part for part in (8, 4, 2)] if self._curve_at is None else self._curve_at
-        numbers = [self._n_components, *sorted({max(1, r) for r in curve_at})]
-        others = []
+        numbers = sorted({max(1, r) for r in curve_at})
+        total = len(self._l0s) * self._seeds + len(numbers)
         hidden = not trainer.is_global_zero
-        total, bar_text = len(numbers) + self._seeds - 1, f"fit {self.name}"
-        with tqdm(total=total, desc=bar_text, leave=False, disable=hidden) as bar:
-            for r in numbers:
-                fitted, seconds = self._fit(data, r, device, group)
-                if self._fitted is None:
-                    self._fitted, self._fit_s = fitted, seconds
-                self._curve[str(fitted.n_latents)] = _score(fitted, data, None, group).fvu
+        with tqdm(total=total, desc=f"fit {self.name}", leave=False, disable=hidden) as bar:
+
+            def fit(n_components: int | None, seed: int = 0, l0: int | None = None) -> tuple[Baseline, float]:
+                wanted = Wanted(data.d_model, n_components, seed, l0)
+                found = self._fit(data, wanted, device, group)
                 bar.update()
-            for seed in range(1, self._seeds):
-                others.append(self._fit(data, self._n_components, device, group, seed)[0])
-                bar.update()
-        if others:
-            found = [share_found_again(self.baseline.directions, other.directions) for other in others]
-            self._stability = sum(found) / len(found)
+                return found
+
+            for l0 in self._l0s:
+                (baseline, seconds), *others = [
+                    fit(self._n_components, seed, l0) for seed in range(self._seeds)
+                ]
+                found = [share_found_again(baseline.directions, other.directions) for other, _ in others]
+                self._fits[l0] = _Fit(baseline, seconds, sum(found) / len(found) if found else None)
+            shown = next(iter(self._fits.values())).baseline
+            for baseline in (shown, *(fit(r)[0] for r in numbers)):
+                self._curve[str(baseline.n_latents)] = _score(baseline, data, None, group).fvu
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: SparseAutoencoderModule) -> None:
         """Scores the baseline at the L0 that the autoencoder has now."""
@@ -189,7 +218,7 @@ class BaselineCallback(lightning.Callback):
             self._at[name] = k = max(1, round(scores.l0))
             if k not in self._scores:
                 group = Group.of_training(pl_module.device)
-                self._scores[k] = _score(self.baseline, _datamodule(trainer), k, group)
+                self._scores[k] = _score(self.baseline_for(k), _datamodule(trainer), k, group)
         if self._logged_at == trainer.global_step:  # the test after the last validation
             return
         self._logged_at = trainer.global_step
@@ -200,17 +229,12 @@ class BaselineCallback(lightning.Callback):
                 logger.log_metrics(points, trainer.global_step)
 
     def _fit(
-        self,
-        data: ActivationDataModule,
-        n_components: int | None,
-        device: torch.device,
-        group: Group = ALONE,
-        seed: int = 0,
+        self, data: ActivationDataModule, wanted: Wanted, device: torch.device, group: Group = ALONE
     ) -> tuple[Baseline, float]:
         """A fitted baseline, and the seconds that it took, now or when it was fitted."""
         # With the run's seed, as the autoencoders: runs of several seeds say how much it matters.
-        seed = (torch.initial_seed() + seed) % 2**31
-        baseline = self.make(data.d_model, n_components, seed).to(device)
+        seed = (torch.initial_seed() + wanted.seed) % 2**31
+        baseline = self.make(wanted._replace(seed=seed)).to(device)
         about = {
             "kind": type(baseline).__name__,
             "config": baseline.config,

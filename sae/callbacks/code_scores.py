@@ -64,7 +64,8 @@ class CodeScores(lightning.Callback):
                 k = callback.k_for(name)
                 self._at[name][callback.name] = at = (callback.name, k)
                 if at not in self._baselines:
-                    of, encode = callback.baseline, partial(callback.baseline.sparse_code, k=k)
+                    of = callback.baseline_for(k)
+                    encode = partial(of.sparse_code, k=k)
                     self._baselines[at] = _scores(of, encode, data, float(k), pl_module.device, group)
 
 

@@ -62,8 +62,9 @@ class AgainstTheTruth(lightning.Callback):
         for name, dictionary in pl_module.dictionaries.items():
             found = {name: rows.score(dictionary, dictionary.encode_sparse)}
             for callback in baselines:
-                code = partial(callback.baseline.sparse_code, k=callback.k_for(name))
-                found[callback.name] = rows.score(callback.baseline, code)
+                k = callback.k_for(name)
+                baseline = callback.baseline_for(k)
+                found[callback.name] = rows.score(baseline, partial(baseline.sparse_code, k=k))
             self._scores[name] = found
             self._references[name] = {
                 CHANCE: rows.reference(random_directions(dictionary.n_latents, dictionary.d_model)),

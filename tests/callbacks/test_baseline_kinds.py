@@ -161,7 +161,9 @@ def test_two_baselines_of_one_name_are_an_error():
     [
         (lambda: DirectionGeometry(epsilons=[0.2, 1.5]), r"`epsilons` must be in \(0, 1\), got 1.5"),
         (lambda: DirectionGeometry(orders=0), "`orders` must be at least 1"),
-        (lambda: DictionaryLearningBaseline(k=0), "`k` must be at least 1, got k=0"),
+        (lambda: DictionaryLearningBaseline(k=0), "`k` must be at least 1, or several such, got k=0"),
+        (lambda: DictionaryLearningBaseline(k=[4, 0]), "`k` must be at least 1, or several"),
+        (lambda: DictionaryLearningBaseline(k=[]), "`k` must be at least 1, or several"),
     ],
 )
 def test_settings_out_of_range_are_errors(make, match):

@@ -1,13 +1,18 @@
 """Baselines stand at the autoencoder's own L0, on the same rows, about the same mean."""
 
+from unittest.mock import Mock
+
+import lightning
 import pytest
 import torch
 
 from sae.activations import ActivationDataModule
 from sae.activations.exchange.imported import import_rows
-from sae.callbacks import NMFBaseline, PCABaseline
-from sae.callbacks.baselines import _score
+from sae.callbacks import DictionaryLearningBaseline, NMFBaseline, PCABaseline
+from sae.callbacks.baselines import Wanted, _score
+from sae.dictionaries import ReLU, TopK
 from sae.errors import InputError
+from sae.training import SparseAutoencoderModule
 
 D = 8
 
@@ -33,7 +38,7 @@ def _fvu(x, x_hat):
 @pytest.mark.parametrize("k", [1, 3, D])
 def test_pca_keeps_the_k_largest_coefficients_of_each_row(data, held_out, k):
     callback = PCABaseline()
-    baseline, _ = callback._fit(data, None, torch.device("cpu"))
+    baseline, _ = callback._fit(data, Wanted(D, None), torch.device("cpu"))
     mean = data.moments.mean
     coefficients = (held_out - mean) @ baseline.directions.double().T
     kept = coefficients * torch.zeros_like(coefficients).scatter(1, coefficients.abs().topk(k).indices, 1.0)
@@ -45,14 +50,44 @@ def test_pca_keeps_the_k_largest_coefficients_of_each_row(data, held_out, k):
 
 def test_more_coefficients_never_hurt_a_baseline(data):
     for callback in (PCABaseline(), NMFBaseline()):
-        baseline, _ = callback._fit(data, D, torch.device("cpu"))
+        baseline, _ = callback._fit(data, Wanted(D, D), torch.device("cpu"))
         fvu = [_score(baseline, data, k).fvu for k in (1, 2, 4, 8)]
         assert fvu == sorted(fvu, reverse=True) and fvu[0] < 1
 
 
 def test_baseline_asked_for_before_training_is_an_error():
     with pytest.raises(InputError, match="pca baseline is fitted when training starts"):
-        _ = PCABaseline().baseline
+        PCABaseline().baseline_for(4)
+
+
+def _begun(callback, data, *dictionaries):
+    module = Mock(spec=SparseAutoencoderModule, device=torch.device("cpu"))
+    module.dictionaries = dict(enumerate(dictionaries))
+    callback.on_fit_start(Mock(spec=lightning.Trainer, datamodule=data, is_global_zero=True), module)
+    return callback
+
+
+@pytest.mark.filterwarnings("ignore:.* stopped after passes")
+def test_dictionary_learning_is_learned_for_each_l0_and_comes_back(data):
+    described = {"n_components": 12, "max_rows": 800, "seeds": 2, "keep": False}
+    of = [ReLU(D, 16, sparsity_coefficient=0.1), *(TopK(D, 16, k=k) for k in (4, 1, 4))]
+    callback = _begun(DictionaryLearningBaseline(**described), data, *of)
+    learned_for = {k: callback.baseline_for(k).k for k in (1, 2, 3, 4, 16)}
+    assert learned_for == {1: 1, 2: 1, 3: 4, 4: 4, 16: 4}
+    fvu = {k: [_score(callback.baseline_for(of), data, k).fvu for of in (1, 4)] for k in (1, 4)}
+    assert fvu[1][0] < fvu[1][1] and fvu[4][1] < fvu[4][0]  # each is the better one where it belongs
+    again = DictionaryLearningBaseline(**described)
+    again.load_state_dict(callback.state_dict())
+    for k in (1, 4):
+        assert torch.equal(again.baseline_for(k).directions, callback.baseline_for(k).directions)
+    other = DictionaryLearningBaseline(**(described | {"k": 2}))
+    other.load_state_dict(callback.state_dict())  # described anew: nothing of the old one
+    assert _begun(other, data, *of).baseline_for(4).k == 2
+
+
+def test_dictionary_learning_needs_an_l0(data):
+    with pytest.raises(InputError, match="`k` of ksvd must be given: ReLU has no L0"):
+        _begun(DictionaryLearningBaseline(method="ksvd"), data, ReLU(D, 16, sparsity_coefficient=0.1))
 
 
 @pytest.mark.parametrize(

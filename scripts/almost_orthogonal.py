@@ -1,16 +1,16 @@
 """Counts almost-orthogonal directions: of random packings by dimension, or those of dictionaries.
 
     python scripts/almost_orthogonal.py
-    python scripts/almost_orthogonal.py --dimensions 64 96 128 --epsilon 0.2 0.25 0.3 --learn
+    python scripts/almost_orthogonal.py --epsilon 0.13 --learn sae
     python scripts/almost_orthogonal.py --dictionary runs/quickstart --epsilon 0.1 0.2 0.3
     python scripts/almost_orthogonal.py --runs runs/comparison/seed-* --name sae_8 --epsilon 0.2 0.3
 
 Without --dictionary: how many directions a greedy packing of random ones reaches in d dimensions, beside what
 is proved and the d of a basis, and c in count = exp(c epsilon² d) over the d that --cap did not cut. --learn
-also plants some of them in sparse mixtures and learns them back. With --dictionary: the geometry of its
-directions and the largest almost-orthogonal subset found, both beside random directions of the same shape.
-With --runs, which differ by their seed: the same among the latents that fire on held-out rows and that every
-seed has found.
+also plants them in sparse mixtures, learns them back by dictionary learning or with a BatchTopK autoencoder,
+and fits the number recovered in the same way. With --dictionary: the geometry of its directions and the
+largest almost-orthogonal subset found, both beside random directions of the same shape. With --runs, which
+differ by their seed: the same among the latents that fire on held-out rows and that every seed has found.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sae.ops.almost_orthogonal import sizes_by_epsilon
 from sae.ops.capacity import greedy_lower_bound, random_signs_lower_bound, upper_bound
 from sae.ops.geometry import geometry_of, random_rows
 from sae.runs import Run, open_run
-from sae.studies.planted_capacity import DIMENSIONS, dictionary_learning, fit_exponential, planted_sweep
+from sae.studies.planted_capacity import DIMENSIONS, LEARNERS, fit_exponential, planted_sweep
 from sae.studies.stable_sets import living, stable_sets, table
 
 # Held-out rows that tell whether a latent fires.
@@ -49,28 +49,40 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _print_sweep(given: argparse.Namespace, epsilon: float) -> None:
+    learned = given.learn is not None
     heads = ("d", "basis", "found", "signs >=", "greedy >=", "at most", "recovered")
-    print(f"epsilon {epsilon:g}\n" + "".join(f"{head:>12}" for head in heads[: 6 + given.learn]))
+    print(f"epsilon {epsilon:g}\n" + "".join(f"{head:>12}" for head in heads[: 6 + learned]))
     points = []
-    learn = dictionary_learning if given.learn else None
+    settings = {"most_planted": given.most_planted, "k": given.k, "device": given.device}
+    learn = LEARNERS[given.learn] if learned else None
     for point in planted_sweep(
-        given.dimensions, epsilon, given.seed, given.patience, given.cap, learn, device=given.device
+        given.dimensions, epsilon, given.seed, given.patience, given.cap, learn, **settings
     ):
         points.append(point)
         bounds = [bound(point.d, epsilon) for bound in (random_signs_lower_bound, greedy_lower_bound)]
         bounds.append(upper_bound(point.d, epsilon))
         found = f"{point.found:,}" if point.is_full else f">{point.found:,}"
         shown = f"{point.d:>12}{point.d:>12}{found:>12}" + "".join(f"{bound:>12.4g}" for bound in bounds)
-        print(shown + (f"{f'{point.recovered}/{point.planted}':>12}" if given.learn else ""), flush=True)
+        print(shown + (f"{f'{point.recovered}/{point.planted}':>12}" if learned else ""), flush=True)
     full = [point for point in points if point.is_full]
-    if len(full) < 3:
-        print(f"only {len(full)} packings are full: no fit; raise --cap or lower --dimensions.\n")
+    _print_law("found", [(point.d, point.found) for point in full], epsilon, "raise --cap")
+    if learned:
+        whole = [(point.d, point.recovered) for point in full if point.planted == point.found]
+        _print_law("recovered", whole, epsilon, "raise --most-planted")
+    print()
+
+
+def _print_law(which: str, counts: list[tuple[int, int]], epsilon: float, remedy: str) -> None:
+    counts = [(d, count) for d, count in counts if count > 0]
+    if len(counts) < 3:
+        print(f"{which}: only {len(counts)} d were not cut: no fit; {remedy} or lower --dimensions.")
         return
-    fit = fit_exponential([point.d for point in full], [point.found for point in full], epsilon)
+    d, count = zip(*counts, strict=True)
+    fit = fit_exponential(d, count, epsilon)
     print(
-        f"count = exp({fit.intercept:.2f} + c epsilon² d), c = {fit.c:.3f} (90 %: {fit.c_low:.3f} to"
-        f" {fit.c_high:.3f}; the proved bound's: {fit.c_greedy:.3f}) over {len(full)} d;\n"
-        f"residual of log count {fit.residual:.3f}, against {fit.linear_residual:.3f} for count ∝ d.\n"
+        f"{which} = exp({fit.intercept:.2f} + c epsilon² d), c = {fit.c:.3f} (90 %: {fit.c_low:.3f} to"
+        f" {fit.c_high:.3f}; the proved bound's: {fit.c_greedy:.3f}) over {len(d)} d;\n"
+        f"residual of its log {fit.residual:.3f}, against {fit.linear_residual:.3f} for {which} ∝ d."
     )
 
 
@@ -133,7 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dimensions", type=int, nargs="+", default=list(DIMENSIONS), metavar="D")
     parser.add_argument("--patience", type=int, default=1000, help="Rejections in a row that end a packing.")
     parser.add_argument("--cap", type=int, default=20_000, help="The most directions of a packing.")
-    parser.add_argument("--learn", action="store_true", help="Plants and learns up to 512 of them at each d.")
+    parser.add_argument("--learn", choices=list(LEARNERS), help="Plants them too, and learns them back.")
+    parser.add_argument("--most-planted", type=int, default=4096, help="The most that are planted at one d.")
+    parser.add_argument("--k", type=int, default=4, help="Planted directions in a row, in the mean.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=_device, default=torch.device("cpu"))
     return parser

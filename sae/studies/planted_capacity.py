@@ -24,10 +24,11 @@ DIMENSIONS = (64, 96, 128, 192, 256, 384, 512)
 CONFIDENCE = 0.9
 """Of all intervals."""
 _BLOCK = 1024
+_STEPS, _ROWS_A_STEP = 3000, 1024  # of a short training
 
 Numbers = Sequence[int | float] | np.ndarray
 Learn = Callable[[Tensor, int, int], Tensor]
-"""learn(rows, n, k) -> (n, d) directions, for rows that are sums of k of n unknown ones."""
+"""learn(rows, n, k) -> (n, d) directions, for rows that are sums of some k of n unknown ones."""
 
 
 class Packed(NamedTuple):
@@ -127,15 +128,20 @@ def greedy_packing(
 def sparse_mixtures(
     directions: Float[Tensor, "n d"], n_rows: int, k: int, generator: torch.Generator
 ) -> Float[Tensor, "rows d"]:
-    """Sums of k different directions, drawn evenly, with magnitudes uniform in [0.5, 1.5]."""
-    if not 1 <= k <= len(directions):
-        raise InputError(f"`k` must be in [1, n={len(directions)}], got k={k}.")
+    """Sums of directions that fire by themselves, k of them in the mean, magnitudes uniform in [0.5, 1.5].
+
+    The number that fire varies from row to row. Were it the same in all, every direction could take the same
+    step aside and an offset take it back, and directions would hardly be told by their rows.
+    """
+    n = len(directions)
+    if not 1 <= k <= n:
+        raise InputError(f"`k` must be in [1, n={n}], got k={k}.")
     parts = []
-    for rows in torch.arange(n_rows).split(max(1, 2**22 // len(directions))):
-        chosen = torch.rand(len(rows), len(directions), generator=generator).topk(k).indices
-        magnitudes = 0.5 + torch.rand(len(rows), k, generator=generator)
-        offsets = torch.arange(0, chosen.numel() + 1, k)
-        code = SparseLatents(magnitudes.flatten(), chosen.flatten(), offsets).to(directions.device)
+    for rows in torch.arange(n_rows).split(max(1, 2**22 // n)):
+        fires = torch.rand(len(rows), n, generator=generator) * n < k
+        magnitudes = 0.5 + torch.rand(int(fires.sum()), generator=generator)
+        offsets = F.pad(fires.sum(1).cumsum(0), (1, 0))
+        code = SparseLatents(magnitudes, fires.nonzero()[:, 1], offsets).to(directions.device)
         parts.append(sparse_decode(code, directions))
     return torch.cat(parts)
 
@@ -148,6 +154,21 @@ def dictionary_learning(rows: Float[Tensor, "rows d"], n: int, k: int) -> Float[
     moments.add(rows)
     learned = DictionaryLearning(rows.shape[1], n, k, passes=30).to(rows.device)
     return learned.fit([rows], moments.moments()).directions
+
+
+def autoencoder(rows: Float[Tensor, "rows d"], n: int, k: int) -> Float[Tensor, "n d"]:
+    """The directions of a `BatchTopK` autoencoder, whose L0 may vary by row, after a short training."""
+    from sae.dictionaries import BatchTopK
+    from sae.studies.l0_search import train
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = BatchTopK(rows.shape[1], n, float(k)).to(rows.device)
+        return train(made, rows, _STEPS, _ROWS_A_STEP).directions
+
+
+LEARNERS: dict[str, Learn] = {"dictionary_learning": dictionary_learning, "sae": autoencoder}
+"""By the names that the script takes."""
 
 
 def recovered(planted: Float[Tensor, "n d"], learned: Float[Tensor, "m d"]) -> int:
@@ -168,7 +189,7 @@ def planted_sweep(
     cap: int = 20_000,
     learn: Learn | None = None,
     k: int = 4,
-    most_planted: int = 512,
+    most_planted: int = 4096,
     rows_each: int = 100,
     device: torch.device | None = None,
 ) -> Iterator[Point]:
@@ -179,9 +200,10 @@ def planted_sweep(
         epsilon: Bound on |cos|.
         seed: Of everything; each d has its own stream.
         patience, cap: As in `greedy_packing`.
-        learn: Such as `dictionary_learning`, or a function that trains an autoencoder; None = only pack.
-        k: Directions in a row.
-        most_planted: The most directions that rows are made of: the first ones packed.
+        learn: One of `LEARNERS`, or another; None = only pack.
+        k: Directions in a row, in the mean.
+        most_planted: The most directions that rows are made of: the first ones packed. Where it cuts, what
+            is recovered says nothing of d.
         rows_each: Rows for each planted direction; each is in k times as many.
         device: That computes.
     """

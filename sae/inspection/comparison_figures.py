@@ -151,3 +151,28 @@ def width_tradeoff(
     left.legend(fontsize=8.5)
     figure.legend(handles=right.get_legend_handles_labels()[0], loc="outside right upper", fontsize=8.5)
     return figure
+
+
+@matplotlib.rc_context(STYLE)
+def epsilon_tradeoff(
+    fvu: Mapping[int, Sequence[tuple[float, float]]], law: Sequence[tuple[float, float]], law_title: str
+) -> Figure:
+    """FVU of the almost-orthogonal sets of each width against epsilon, and the law of all of them.
+
+    Args:
+        fvu: (epsilon, FVU of the largest set found) by n_latents.
+        law: what a law says, without the width; empty for none.
+        law_title: how it is written.
+    """
+    figure, (axes,) = panels(1, width=8.4)
+    shades = matplotlib.colormaps["viridis"].resampled(len(fvu) + 1)  # its end is too bright for lines
+    for i, (n, found) in enumerate(sorted(fvu.items())):
+        axes.plot(*zip(*found, strict=True), "-o", color=shades(i), label=f"of {n:,} latents", markersize=4)
+    if law:
+        axes.plot(*zip(*law, strict=True), "--", color="#202124", linewidth=1.2, label=law_title)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda at, _: f"{at:.3g}")
+    title = "What sets with all |cos| < ε leave"
+    axes.set(xlabel="ε", ylabel="FVU, coded with the set alone", title=title)
+    figure.legend(loc="outside right upper", fontsize=8.5)
+    return figure

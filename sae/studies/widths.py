@@ -27,6 +27,7 @@ class Width(NamedTuple):
     alive: int
     d_model: int
     fvu: float
+    l0: float
     found: dict[float, int]
     """By epsilon: the largest set found, a lower bound."""
     random: dict[float, int]
@@ -73,7 +74,7 @@ def widths_of(metrics: dict[str, Any]) -> list[Width]:
         rows = own["geometry"]["almost_orthogonal"]
         sizes = [{row["epsilon"]: row[key] for row in rows} for key in ("found", "random")]
         alive = own["geometry"]["sets"]["sae"]["n"]
-        found.append(Width(name, own["n_latents"], alive, metrics["d_model"], own["fvu"], *sizes))
+        found.append(Width(name, own["n_latents"], alive, metrics["d_model"], own["fvu"], own["l0"], *sizes))
     return sorted(found, key=lambda width: width.n_latents)
 
 

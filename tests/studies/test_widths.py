@@ -19,7 +19,7 @@ def _metrics(widths=WIDTHS, exponent=0.5):
             {"epsilon": 0.4, "found": n, "random": n},
         ]
         geometry = {"almost_orthogonal": sizes, "sets": {"sae": {"n": n - 1}}}
-        return {"n_latents": n, "fvu": 0.05 + 2 * n**-exponent, "geometry": geometry}
+        return {"n_latents": n, "l0": 4.0, "fvu": 0.05 + 2 * n**-exponent, "geometry": geometry}
 
     return {"finished": True, "d_model": 64, "dictionaries": {f"n{n}": row(n) for n in widths}}
 

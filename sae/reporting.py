@@ -13,6 +13,7 @@ import torch
 from sae.activations.language_model import weights_hash
 from sae.errors import InputError
 from sae.inspection import Reading
+from sae.inspection.comparison_figures import natural_kurtosis
 from sae.inspection.figures import (
     density_histogram,
     fvu_by_components,
@@ -141,6 +142,10 @@ def _figures(run: Run, reading: Reading | None, metrics: dict[str, Any]) -> list
             ("All methods with the same number of coefficients per row.", methods_at_equal_l0(metrics)),
             ("How much more components help PCA and NMF, all of them used.", fvu_by_components(metrics)),
         ]
+    kurtosis = natural_kurtosis(metrics)
+    if kurtosis is not None:
+        caption = "Tails of the coordinates: above a random rotation's, training has singled some out."
+        figures.append((caption, kurtosis))
     curves = training_curves(run.folder, run.name)
     if curves is not None:
         figures.append(("Training.", curves))

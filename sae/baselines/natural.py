@@ -16,6 +16,8 @@ from sae.ops.moments import Moments
 from sae.ops.pursuit import largest_codes
 from sae.ops.sparse import SparseLatents
 
+KURTOSIS_AT = tuple(i / 20 for i in range(21))
+"""Shares of the coordinates, by rising kurtosis, at which it is told: from the least to the most."""
 _ROWS = 4096
 # A standard deviation below this share of a coordinate's mean is rounding: the coordinate does not vary.
 _CONSTANT = 1e-12

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from sae.baselines import (
     ICA,
@@ -15,9 +17,11 @@ from sae.baselines import (
     RandomDirections,
     SemiNMF,
 )
+from sae.baselines.natural import KURTOSIS_AT
 from sae.callbacks.baselines import BaselineCallback, Wanted
 from sae.errors import InputError
 from sae.training import SparseAutoencoderModule
+from sae.training.names import SINGLE
 
 
 class PCABaseline(BaselineCallback):
@@ -229,7 +233,11 @@ class DictionaryLearningBaseline(BaselineCallback):
 
 
 class NaturalBaseline(BaselineCallback):
-    """The coordinates of the residual stream themselves; a row keeps its k largest."""
+    """The coordinates of the residual stream themselves; a row keeps its k largest.
+
+    metrics.json has also `kurtosis`, how heavy the coordinates' tails are, and `kurtosis_rotated`, the same
+    under a random rotation (`sae.baselines.NaturalBasis`): both at the `KURTOSIS_AT` of the coordinates.
+    """
 
     name = "natural"
 
@@ -239,6 +247,17 @@ class NaturalBaseline(BaselineCallback):
     def make(self, wanted: Wanted) -> Baseline:
         """The natural basis."""
         return NaturalBasis(wanted.d_model)
+
+    def metrics(self, name: str = SINGLE) -> dict[str, Any]:
+        """With both kurtoses."""
+        found = super().metrics(name)
+        if found:
+            fitted = self.baseline_for(self.k_for(name))
+            at = torch.tensor(KURTOSIS_AT, dtype=torch.float64)
+            for which in ("kurtosis", "kurtosis_rotated"):
+                values = getattr(fitted, which).double().cpu().quantile(at)
+                found["baselines"][self.name][which] = values.tolist()
+        return found
 
 
 class RandomBaseline(BaselineCallback):

@@ -169,6 +169,7 @@ def _add_figures(
         "nearest_neighbours": figures.neighbour_histogram(cosines),
         "neighbours_of_sets": comparison_figures.neighbours_of_sets(geometry) if geometry else None,
         "almost_orthogonal_sets": comparison_figures.almost_orthogonal_sets(geometry) if geometry else None,
+        "natural_kurtosis": comparison_figures.natural_kurtosis(metrics),
         "training_curves": figures.training_curves(
             Path(writer.get_logdir()), None if name == SINGLE else name
         ),

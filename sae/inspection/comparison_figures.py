@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from sae.baselines.natural import KURTOSIS_AT
 from sae.inspection.figures import STYLE, apart, panels
 
 _COLOURS = (
@@ -112,6 +113,33 @@ def almost_orthogonal_sets(geometry: Mapping[str, Any]) -> Figure:
             axes.plot([epsilon for epsilon, _ in known], [bound for _, bound in known], **bounds)
     axes.set_yscale("log")
     axes.set(xlabel="epsilon", ylabel="directions", title="Largest sets found with all |cos| < epsilon")
+    figure.legend(loc="outside right upper", fontsize=8.5)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def natural_kurtosis(metrics: Mapping[str, Any]) -> Figure | None:
+    """Excess kurtosis of the coordinates by rank, beside that of a random rotation's.
+
+    Args:
+        metrics: what metrics.json holds of one dictionary; without the natural basis there is no figure.
+    """
+    row = metrics.get("baselines", {}).get("natural", {})
+    if "kurtosis" not in row:
+        return None
+    figure, (axes,) = panels(1, width=8.4)
+    shares = [100 * share for share in KURTOSIS_AT]
+    for key, colour, label in (
+        ("kurtosis_rotated", "#7f7f7f", "under a random rotation"),
+        ("kurtosis", "#d55e00", "coordinates as they are"),
+    ):
+        axes.plot(shares, row[key], "-o", color=colour, label=label, markersize=3.5)
+    axes.axhline(0.0, color="#9aa0a6", linewidth=1.0, linestyle="--", label="a Gaussian")
+    axes.set_yscale("symlog", linthresh=1.0)
+    axes.yaxis.set_major_formatter(lambda at, _: f"{at:g}")
+    axes.set(
+        xlabel="% of the coordinates, by rank", ylabel="excess kurtosis", title="Is a basis singled out?"
+    )
     figure.legend(loc="outside right upper", fontsize=8.5)
     return figure
 

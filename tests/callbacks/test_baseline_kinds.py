@@ -9,6 +9,7 @@ import yaml
 from sae.callbacks import DictionaryLearningBaseline, DirectionGeometry, NMFBaseline, PCABaseline
 from sae.callbacks.baselines import check_names
 from sae.errors import InputError
+from sae.inspection.comparison_figures import natural_kurtosis
 from sae.runs import finished_metrics
 from sae.studies.comparison import compare, frontier_points, table
 from scripts.almost_orthogonal import main as almost_orthogonal_main
@@ -72,6 +73,9 @@ def test_every_baseline_is_scored_at_the_l0_of_each_dictionary(runs):
             assert 0 <= row["cancellation"] <= 1 and row["purity_null"] <= 1
         of = own["baselines"]
         assert of["natural"]["cancellation"] == 0.0  # coordinates do not meet
+        assert natural_kurtosis(own) is not None and natural_kurtosis({"baselines": {}}) is None
+        for key in ("kurtosis", "kurtosis_rotated"):
+            assert len(of["natural"][key]) == 21 and of["natural"][key] == sorted(of["natural"][key])
         assert (of["random"]["n_latents"], of["dictionary_learning"]["n_latents"]) == (32, 32)
         assert of["nmf_stack"]["stability"] is not None and of["nmf"]["stability"] is None
         # Learned directions beat random ones; the wide rivals are coded by a pursuit, so they set the mark.

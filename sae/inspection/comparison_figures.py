@@ -9,7 +9,6 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from sae.baselines.natural import KURTOSIS_AT
 from sae.inspection.figures import STYLE, apart, panels
 
 _COLOURS = (
@@ -128,7 +127,8 @@ def natural_kurtosis(metrics: Mapping[str, Any]) -> Figure | None:
     if "kurtosis" not in row:
         return None
     figure, (axes,) = panels(1, width=8.4)
-    shares = [100 * share for share in KURTOSIS_AT]
+    last = len(row["kurtosis"]) - 1  # at equal shares of the coordinates
+    shares = [100 * i / last for i in range(last + 1)]
     for key, colour, label in (
         ("kurtosis_rotated", "#7f7f7f", "under a random rotation"),
         ("kurtosis", "#d55e00", "coordinates as they are"),

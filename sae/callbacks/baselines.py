@@ -44,7 +44,7 @@ class Wanted(NamedTuple):
 
 class _Fit(NamedTuple):
     baseline: Baseline
-    seconds: float
+    fit_s: float
     stability: float | None
 
 
@@ -105,7 +105,7 @@ class BaselineCallback(lightning.Callback):
                     "kind": type(fit.baseline).__name__,
                     "config": fit.baseline.config,
                     "state": fit.baseline.state_dict(),
-                    "seconds": fit.seconds,
+                    "fit_s": fit.fit_s,
                     "stability": fit.stability,
                 }
                 for l0, fit in self._fits.items()
@@ -122,7 +122,7 @@ class BaselineCallback(lightning.Callback):
         for l0, saved in state_dict["fits"].items():
             baseline = cast(Baseline, Dictionary.kinds[saved["kind"]](**saved["config"]))
             baseline.load_state_dict(saved["state"])
-            self._fits[l0] = _Fit(baseline, saved["seconds"], saved["stability"])
+            self._fits[l0] = _Fit(baseline, saved["fit_s"], saved["stability"])
         self._curve = state_dict["curve"]
         self._scores = {k: ReconstructionScores(**scores) for k, scores in state_dict["scores"].items()}
         self._logged_at = state_dict["logged_at"]
@@ -166,7 +166,7 @@ class BaselineCallback(lightning.Callback):
         extra = {
             "n_latents": fit.baseline.n_latents,
             "k": k,
-            "fit_s": round(fit.seconds, 2),
+            "fit_s": round(fit.fit_s, 2),
             "stability": fit.stability,
             "fvu_by_components": self._curve,
         }

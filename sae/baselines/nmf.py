@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae.baselines.base import Baseline
-from sae.baselines.nmf_solvers import SOLVERS, learner_of, nndsvd_start
+from sae.baselines.nmf_solvers import SOLVERS, OnlineLearner, learner_of, nndsvd_start
 from sae.baselines.rows import mini_batches, require_several_passes
 from sae.baselines.signed_rows import TREATMENTS
-from sae.baselines.sweeps import check_energy, check_passes, learn_until_settled
+from sae.baselines.split_merge import leave_local_minima
+from sae.baselines.sweeps import check_energy, check_passes, learn_until_settled, warn_if_unsettled
 from sae.errors import InputError
 from sae.ops.group import ALONE, Group
 from sae.ops.moments import Moments
@@ -44,8 +45,9 @@ class NMF(Baseline):
     the components is not missing in x_hat.
 
     `solver` says how components are learned: "online" after every mini-batch, from sums ZᵀZ and ZᵀX that
-    slowly forget; "hals" and "mu" after every full pass, from those of exact codes, so that no pass raises
-    the objective. Memory does not grow with the rows, and the result does not depend on how `batches`
+    slowly forget, and when settled by splits and merges of components, as long as they help; "hals" and
+    "mu" after every full pass, from the sums of exact codes, so that no pass raises the objective. Memory
+    does not grow with the rows, and the result does not depend on how `batches`
     cuts them. With more components than rows or dimensions the factors are not unique: those beyond the
     rank start as rows drawn at random, and some may equal each other or stay unused.
 
@@ -129,15 +131,24 @@ class NMF(Baseline):
         start = nndsvd_start(head, self.n_latents, torch.Generator().manual_seed(self.seed))
         group.of_first_(start)  # other machines may round otherwise
         learner = learner_of(self.solver, start, group, self._treatment.about_mean)
-        size = learner.batch_rows(n_rows)
-        learn_until_settled(
-            learner,
-            lambda: self._nonnegative_rows(batches, size),
-            n_rows * self._treatment.parts,
-            passes=self.passes,
-            tolerance=self.tolerance,
-            name="NMF",
-        )
+        size, pass_rows = learner.batch_rows(n_rows), n_rows * self._treatment.parts
+
+        def sweep() -> Iterator[Tensor]:
+            return self._nonnegative_rows(batches, size)
+
+        reached = learn_until_settled(learner, sweep, pass_rows, passes=self.passes, tolerance=self.tolerance)
+        warn_if_unsettled(reached, self.tolerance, "NMF")
+        if isinstance(learner, OnlineLearner):
+            learner = leave_local_minima(
+                learner,
+                reached.objective,
+                head,
+                sweep,
+                pass_rows,
+                passes=self.passes - reached.passes,
+                tolerance=self.tolerance,
+                group=group,
+            )
         self.components.copy_(F.normalize(learner.components, dim=1))
         if not self._treatment.about_mean:
             self.mean_code.copy_(self._codes(self._nonnegative(self.mean[None]))[0])

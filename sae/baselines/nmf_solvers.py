@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator
 
@@ -47,6 +48,18 @@ class OnlineLearner(Learner):
         self._codes_rows = torch.zeros_like(components)
         self._seen = 0
         self._memory = 0.0
+
+    def restarted(
+        self, components: Float[Tensor, "n_latents width"], rows: Float[Tensor, "rows width"]
+    ) -> OnlineLearner:
+        """A copy at other components, its sums those of `rows`, with the weight of all that it remembers."""
+        other = copy.copy(self)
+        codes = nonnegative_codes(components @ components.T, rows @ components.T, steps=100, tolerance=1e-4)
+        weight = self._memory / len(rows)
+        other.components = components
+        other._codes_codes, other._codes_rows = weight * codes.T @ codes, weight * codes.T @ rows
+        self._group.of_first_(other._codes_codes, other._codes_rows)  # other machines may round otherwise
+        return other
 
     @staticmethod
     def batch_rows(n_rows: int) -> int:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sae.baselines.base import Baseline
 from sae.baselines.nmf_solvers import SWEEP_ROWS, OnlineLearner, SweepLearner
 from sae.baselines.rows import first_rows, mini_batches, require_several_passes
-from sae.baselines.sweeps import check_passes, learn_until_settled
+from sae.baselines.sweeps import check_passes, learn_until_settled, warn_if_unsettled
 from sae.errors import InputError
 from sae.ops.block_pivoting import exact_nonnegative_codes
 from sae.ops.group import ALONE, Group
@@ -120,14 +120,14 @@ class SemiNMF(Baseline):
         learner = kind(start, group)
         n_rows = sum(len(rows) for rows in batches)
         size = learner.batch_rows(n_rows)
-        learn_until_settled(
+        reached = learn_until_settled(
             learner,
             lambda: (rows.to(self.mean) - self.mean for rows in mini_batches(batches, size, self.mean)),
             n_rows,
             passes=self.passes,
             tolerance=self.tolerance,
-            name="SemiNMF",
         )
+        warn_if_unsettled(reached, self.tolerance, "SemiNMF")
         self.components.copy_(F.normalize(learner.components, dim=1))
         group.of_first_(self.components)
         self.fitted.fill_(True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float64
@@ -13,7 +14,7 @@ from torch import Tensor
 from sae.errors import InputError
 
 # An objective below this is float32 rounding.
-_ROUNDING = 1e-6
+ROUNDING = 1e-6
 
 
 class Learner(ABC):
@@ -57,6 +58,19 @@ def share_of_energy(error_and_energy: Float64[Tensor, " two"]) -> float:
     return max(error / energy, 0.0)
 
 
+class Reached(NamedTuple):
+    """Where passes ended."""
+
+    objective: float
+    """Share of the rows' energy."""
+    fall: float
+    """Of the objective over the last pass, relative."""
+    passes: int
+    """How many were taken."""
+    settled: bool
+    """Whether it fell by less than the tolerance, rather than the passes having run out."""
+
+
 def learn_until_settled(
     learner: Learner,
     sweep: Callable[[], Iterator[Tensor]],
@@ -64,26 +78,30 @@ def learn_until_settled(
     *,
     passes: int,
     tolerance: float,
-    name: str,
-) -> None:
-    """Passes until one lowers the objective by less than `tolerance` of itself; warns where `passes` ends it.
+) -> Reached:
+    """Passes until one lowers the objective by less than `tolerance` of itself, at most `passes`.
 
     Args:
         learner: What learns.
         sweep: Begins one full pass over the mini-batches.
         pass_rows: Rows in it.
-        passes: The most passes.
+        passes: The most passes, at least 1.
         tolerance: Relative fall of the objective over one pass at which it has settled.
-        name: Of the factorisation, for the warning.
     """
     before, fall = torch.inf, 1.0
-    for _ in range(passes):
+    for taken in range(1, passes + 1):
         now = learner.learn(sweep(), pass_rows)
         fall, before = 1 - now / before, now
-        if now < _ROUNDING or (learner.settled(pass_rows) and fall < tolerance):
-            return
-    warnings.warn(
-        f"{name} stopped after passes={passes}: the last one lowered the objective by {fall:.2g} "
-        f"of itself, tolerance={tolerance:g}; raise `passes`.",
-        stacklevel=4,  # past fit and its wrapper of no_grad
-    )
+        if now < ROUNDING or (learner.settled(pass_rows) and fall < tolerance):
+            return Reached(now, fall, taken, settled=True)
+    return Reached(before, fall, passes, settled=False)
+
+
+def warn_if_unsettled(reached: Reached, tolerance: float, name: str) -> None:
+    """Warns of a fit that ran out of passes; `name` says which."""
+    if not reached.settled:
+        warnings.warn(
+            f"{name} stopped after passes={reached.passes}: the last one lowered the objective by "
+            f"{reached.fall:.2g} of itself, tolerance={tolerance:g}; raise `passes`.",
+            stacklevel=4,  # past fit and its wrapper of no_grad
+        )

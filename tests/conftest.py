@@ -14,6 +14,7 @@ if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch: th
 
 import time
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -52,8 +53,11 @@ FAMILIES = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Skips long tests that would begin after SAE_TESTS_UNTIL, in seconds since 1970: CI has its limit."""
+    # Before any fixture: those of a module are made in the set-up of its first test.
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("shapes_unchecked") is not None)
     until = os.environ.get("SAE_TESTS_UNTIL")
     long = item.get_closest_marker("slow") or item.get_closest_marker("recipe")
     if until and long and time.time() > float(until):

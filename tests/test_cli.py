@@ -1,12 +1,16 @@
 """The front door: one command from model and text to a trained dictionary; its errors."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
+import jaxtyping
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from train import main  # noqa: E402
 
+pytestmark = pytest.mark.shapes_unchecked
+# Where a test is about something else.
+_NO_REPORT = ["--trainer.callbacks=[]", "--report=false"]
+
+
+class Finished(NamedTuple):
+    """A run that a test may read, and write nothing to."""
+
+    config: Path
+    folder: Path
+    printed: str
+
 
 @pytest.fixture
 def config(tmp_path, write_config):
@@ -28,23 +44,33 @@ def config(tmp_path, write_config):
     return write_config(tmp_path)
 
 
-def _metrics(tmp_path):
-    return json.loads((tmp_path / "run" / "metrics.json").read_text())
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, write_config):
+    """The whole configuration, run to its end; of the runs here the one whose shapes are checked."""
+    folder = tmp_path_factory.mktemp("finished")
+    config, printed = write_config(folder), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", False)
+        main(["--config", str(config)])
+    return Finished(config, folder, printed.getvalue())
 
 
-def _weights(tmp_path):
-    return sae.load(tmp_path / "run").saved_tensors()
+def _metrics(folder):
+    return json.loads((folder / "run" / "metrics.json").read_text())
 
 
-def test_one_command_leaves_the_whole_run_folder(config, tmp_path, capsys):
-    main(["--config", str(config)])
-    run = tmp_path / "run"
+def _weights(folder):
+    return sae.load(folder / "run").saved_tensors()
+
+
+def test_one_command_leaves_the_whole_run_folder(finished):
+    run = finished.folder / "run"
     for name in ("config.yaml", "metrics.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
                  "dictionary/config.json", "dictionary/weights.safetensors"):  # fmt: skip
         assert (run / name).is_file(), name
     assert list((run / "tensorboard").glob("events*"))
     assert {path.name for path in run.iterdir()} <= set(OUTPUTS)
-    metrics = _metrics(tmp_path)
+    metrics = _metrics(finished.folder)
     contract = {"fvu", "fvu_without_first_position", "l0", "dead_fraction", "cosine", "tokens_seen",
                 "tokens_per_s", "wall_s", "d_model", "n_latents", "seed", "baselines"}  # fmt: skip
     assert contract <= set(metrics)
@@ -57,43 +83,39 @@ def test_one_command_leaves_the_whole_run_folder(config, tmp_path, capsys):
             and row["l0"] <= round(metrics["l0"])
             and set(row["fvu_by_components"]) == curve
         )
-    printed = capsys.readouterr().out
+    printed = finished.printed
     assert "SAE" in printed and "PCA" in printed and "NMF" in printed and "fires on" in printed
     saved = json.loads((run / "dictionary" / "config.json").read_text())
     assert saved["hookpoint"] == "resid.1" and saved["kind"] == "TopK" and saved["d_model"] == 16
 
 
-def test_the_saved_dictionary_scores_what_metrics_say(config, tmp_path, tiny_cache):
-    main(["--config", str(config)])
+def test_the_saved_dictionary_scores_what_metrics_say(finished, tiny_cache):
     x = torch.cat([batch.x for batch in tiny_cache.batches("held_out", "resid.1", 512)]).double()
-    x_hat = sae.load(tmp_path / "run")(x.float()).x_hat.double()
+    x_hat = sae.load(finished.folder / "run")(x.float()).x_hat.double()
     fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
-    assert _metrics(tmp_path)["fvu"] == pytest.approx(fvu.item(), rel=1e-3)
+    assert _metrics(finished.folder)["fvu"] == pytest.approx(fvu.item(), rel=1e-3)
 
 
-def test_pca_callback_equals_scikit_learn(config, tmp_path, tiny_cache):
+def test_pca_callback_equals_scikit_learn(finished, tiny_cache):
     from sklearn.decomposition import PCA
 
-    main(["--config", str(config)])
     rows = {
         split: torch.cat([b.x for b in tiny_cache.batches(split, "resid.1", 512)]).double().numpy()
         for split in ("train", "held_out")
     }
     x = rows["held_out"]
-    for r, fvu in _metrics(tmp_path)["baselines"]["pca"]["fvu_by_components"].items():
+    for r, fvu in _metrics(finished.folder)["baselines"]["pca"]["fvu_by_components"].items():
         reference = PCA(int(r)).fit(rows["train"])
         x_hat = reference.inverse_transform(reference.transform(x))
         assert fvu == pytest.approx(((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
 
 
-def test_finished_run_shows_its_table_and_trains_no_more(config, tmp_path, capsys):
-    main(["--config", str(config)])
-    before = (tmp_path / "run" / "metrics.json").stat().st_mtime_ns
-    first = capsys.readouterr().out
-    main(["--config", str(config)])
+def test_finished_run_shows_its_table_and_trains_no_more(finished, capsys):
+    before = (finished.folder / "run" / "metrics.json").stat().st_mtime_ns
+    main(["--config", str(finished.config)])
     again = capsys.readouterr().out
-    assert "is finished" in again and first[first.index("held-out") :] in again
-    assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == before
+    assert "is finished" in again and finished.printed[finished.printed.index("held-out") :] in again
+    assert (finished.folder / "run" / "metrics.json").stat().st_mtime_ns == before
 
 
 def test_run_that_died_between_training_and_scoring_is_finished_by_the_same_command(
@@ -114,23 +136,24 @@ def test_run_that_died_between_training_and_scoring_is_finished_by_the_same_comm
     assert _metrics(tmp_path)["finished"] and torch.equal(trained["W_dec"], _weights(tmp_path)["W_dec"])
 
 
-def test_tensorboard_has_one_chart_with_every_method(config, tmp_path):
+def test_tensorboard_has_one_chart_with_every_method(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-    main(["--config", str(config)])
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    events = EventAccumulator(str(finished.folder / "run" / "tensorboard")).Reload()
     (text,) = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val
     charts = {c.title: c.multiline.tag for c in Layout.FromString(text).category[0].chart}
     drawn = {tag for pattern in charts["FVU"] for tag in events.Tags()["scalars"] if re.match(pattern, tag)}
     assert drawn == {"val/fvu", "test/fvu", "baseline/pca/fvu", "baseline/nmf/fvu"}
-    methods = {"val/fvu": _metrics(tmp_path)}
-    methods |= {f"baseline/{name}/fvu": row for name, row in _metrics(tmp_path)["baselines"].items()}
+    methods = {"val/fvu": _metrics(finished.folder)}
+    methods |= {f"baseline/{name}/fvu": row for name, row in _metrics(finished.folder)["baselines"].items()}
     for tag, row in methods.items():
         points = events.Scalars(tag)
         assert [e.step for e in points][:2] == [20, 40]
         assert points[-1].value == pytest.approx(row["fvu"], rel=1e-5)
-    assert not [path for path in (tmp_path / "run" / "tensorboard").iterdir() if list(path.glob("events*"))]
+    assert not [
+        path for path in (finished.folder / "run" / "tensorboard").iterdir() if list(path.glob("events*"))
+    ]
     curves = events.Tags()["scalars"]
     assert {"train/fvu", "val/fvu", "train/lr", "train/grad_norm", "train/dead_fraction"} <= set(curves)
 
@@ -145,28 +168,29 @@ def test_print_config_is_a_configuration_that_builds(config, tmp_path, capsys):
     assert again.config.model.lr == 0.01 and again.config.data.batch_size == 128
 
 
-def test_another_configuration_in_the_same_folder_is_refused_and_loses_nothing(config, tmp_path):
-    main(["--config", str(config)])
-    before = _weights(tmp_path)
+def test_another_configuration_in_the_same_folder_is_refused_and_loses_nothing(finished):
+    before = _weights(finished.folder)
     with pytest.raises(
         InputError, match=r"differs in model.dictionary.init_args.k \(was 4, now 5\), data.batch_size"
     ):
-        main(["--config", str(config), "--model.dictionary.init_args.k=5", "--data.batch_size=64"])
-    assert torch.equal(before["W_dec"], _weights(tmp_path)["W_dec"])
+        main(["--config", str(finished.config), "--model.dictionary.init_args.k=5", "--data.batch_size=64"])
+    assert torch.equal(before["W_dec"], _weights(finished.folder)["W_dec"])
 
 
-def test_fresh_with_bad_input_keeps_the_run_that_is_there(config, tmp_path):
-    main(["--config", str(config)])
-    before = _weights(tmp_path)
+def test_fresh_with_bad_input_keeps_the_run_that_is_there(finished):
+    before = _weights(finished.folder)
     with pytest.raises(InputError, match="'resid.9' is not in the cache"):
-        main(["--config", str(config), "--fresh", "--data.hookpoint=resid.9"])
-    assert torch.equal(before["W_dec"], _weights(tmp_path)["W_dec"]) and _metrics(tmp_path)["finished"]
+        main(["--config", str(finished.config), "--fresh", "--data.hookpoint=resid.9"])
+    assert (
+        torch.equal(before["W_dec"], _weights(finished.folder)["W_dec"])
+        and _metrics(finished.folder)["finished"]
+    )
 
 
 def test_fresh_leaves_a_folder_that_holds_no_run_alone(config, tmp_path):
     (tmp_path / "run" / "report").mkdir(parents=True)
     (tmp_path / "run" / "report" / "thesis.tex").write_text("mine")
-    main(["--config", str(config), "--fresh"])
+    main(["--config", str(config), "--fresh", *_NO_REPORT])
     assert (tmp_path / "run" / "report" / "thesis.tex").read_text() == "mine"
 
 
@@ -192,6 +216,7 @@ def test_latents_are_not_read_with_other_weights_than_the_caches(config, tmp_pat
         str(config),
         f"--data.source.model={changed}",
         f"--data.cache={tmp_path / 'own'}",
+        *_NO_REPORT,
     ]
     main(arguments)
     weights = load_file(changed / "model.safetensors")
@@ -228,18 +253,18 @@ def test_ctrl_c_says_where_the_run_stands(config, tmp_path, monkeypatch, capsys,
 
 
 def test_a_single_callback_may_be_given_without_a_list(config, tmp_path):
-    main(["--config", str(config), "--trainer.callbacks=PCABaseline", "--trainer.max_steps=20"])
+    main(["--config", str(config), "--trainer.callbacks=PCABaseline", "--report=false"])
     assert set(_metrics(tmp_path)["baselines"]) == {"pca"}
 
 
 def test_tokens_seen_count_accumulated_batches(config, tmp_path):
-    arguments = ["--trainer.accumulate_grad_batches=2", "--trainer.max_steps=10", "--trainer.callbacks=[]"]
-    main(["--config", str(config), *arguments])
+    arguments = ["--trainer.accumulate_grad_batches=2", "--trainer.max_steps=10"]
+    main(["--config", str(config), *arguments, *_NO_REPORT])
     assert _metrics(tmp_path)["tokens_seen"] == 10 * 2 * 128
 
 
 def test_runs_without_any_listed_callback(config, tmp_path):
-    main(["--config", str(config), "--trainer.callbacks=[]", "--trainer.max_steps=20"])
+    main(["--config", str(config), *_NO_REPORT])
     assert (
         _metrics(tmp_path)["baselines"] == {} and (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     )
@@ -269,7 +294,8 @@ def test_weights_do_not_depend_on_what_was_drawn_before_training(config, tmp_pat
 
 
 def test_run_without_a_validation_before_its_end_still_finishes(config, tmp_path):
-    main(["--config", str(config), "--trainer.val_check_interval=500", "--trainer.max_steps=120"])
+    arguments = ["--trainer.val_check_interval=500", "--trainer.max_steps=120"]
+    main(["--config", str(config), *arguments, *_NO_REPORT])
     assert _metrics(tmp_path)["finished"] and _metrics(tmp_path)["steps"] == 120
 
 
@@ -280,9 +306,8 @@ def test_finished_run_continues_to_a_larger_number_of_steps(config, tmp_path):
     assert _metrics(tmp_path)["finished"] and _metrics(tmp_path)["steps"] == 60
 
 
-def test_run_can_be_opened_and_read(config, tmp_path):
-    main(["--config", str(config)])
-    run = open_run(tmp_path / "run")
+def test_run_can_be_opened_and_read(finished):
+    run = open_run(finished.folder / "run")
     assert run.hookpoint == "resid.1" and run.reading().latent(3).latent == 3
 
 

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from train import main  # noqa: E402
 
+pytestmark = pytest.mark.shapes_unchecked
+
 HARVEST = sys.modules["sae.activations.harvest_begun"]
 ENDS = {"bos_token_id": 256, "eos_token_id": 256}
 

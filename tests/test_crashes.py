@@ -23,6 +23,8 @@ from sae.signals import STOP_SIGNALS, Stopped
 from sae.training import SparseAutoencoderModule, host_reading
 from train import main
 
+pytestmark = pytest.mark.shapes_unchecked
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):

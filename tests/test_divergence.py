@@ -11,6 +11,8 @@ from sae.exits import exit_on_input_error
 from sae.training import SparseAutoencoderModule
 from train import main
 
+pytestmark = pytest.mark.shapes_unchecked
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):

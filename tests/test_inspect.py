@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from train import main as train  # noqa: E402
 
+pytestmark = pytest.mark.shapes_unchecked
+
 _SPEC = importlib.util.spec_from_file_location("inspect_features", ROOT / "scripts" / "inspect_features.py")
 _SCRIPT = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_SCRIPT)

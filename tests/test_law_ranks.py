@@ -13,6 +13,8 @@ from sae.dictionaries import Dictionary
 from sae.training.learner import Learner
 from train import main
 
+pytestmark = pytest.mark.shapes_unchecked
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):

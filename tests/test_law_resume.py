@@ -8,6 +8,8 @@ from sae.activations.exchange.imported import import_rows
 from sae.training import SparseAutoencoderModule
 from train import main
 
+pytestmark = pytest.mark.shapes_unchecked
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):

@@ -23,6 +23,8 @@ from sae.training import SparseAutoencoderModule
 from sae.training.names import SINGLE
 from train import main
 
+pytestmark = pytest.mark.shapes_unchecked
+
 SOME = ("TopK", "BatchTopK", "JumpReLU")
 
 

@@ -16,6 +16,8 @@ from sae import run_lock
 from sae.errors import InputError
 from sae.run_lock import LOCK, RunLock, owner_of, read_lock
 
+pytestmark = pytest.mark.shapes_unchecked
+
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
 import sys, time

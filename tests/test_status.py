@@ -13,6 +13,8 @@ from sae.errors import InputError
 from sae.run_lock import RunLock
 from sae.status import as_json, find_runs, read_row, rows_of, table
 
+pytestmark = pytest.mark.shapes_unchecked
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRESS = {
     "state": "running",

@@ -33,6 +33,8 @@ from sae.training import SparseAutoencoderModule
 from sae.training.learner import Learner
 from sae.training.names import SINGLE
 
+pytestmark = pytest.mark.shapes_unchecked
+
 QUANTITIES = {
     "FVU": "fvu",
     "FVU without first position": "fvu_without_first_position",

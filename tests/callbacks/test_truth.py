@@ -14,6 +14,8 @@ from sae.ops.truth_rows import scores_of
 from sae.summary import summary
 from train import main
 
+pytestmark = pytest.mark.shapes_unchecked
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -28,6 +28,8 @@ from sae.inspection.latent import (
 )
 from sae.inspection.report import ReportFacts, check_report_folder, report_source, write_report
 
+pytestmark = pytest.mark.shapes_unchecked
+
 EVIL = {
     0: '"<script>alert(1)</script>"',
     1: '"</script><img src=x onerror=alert(2)>"',

@@ -22,6 +22,8 @@ from sae.studies.board_table import COLUMNS, NORMALISED, markdown, rows_of, writ
 from sae.studies.entries import ALL, FROZEN, RANDOM, REFERENCES, TRUTH, Entry, entry_named
 from sae.training import SparseAutoencoderModule
 
+pytestmark = pytest.mark.shapes_unchecked
+
 _SPEC = importlib.util.spec_from_file_location(
     "leaderboard", Path(__file__).parents[2] / "scripts" / "leaderboard.py"
 )

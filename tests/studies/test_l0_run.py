@@ -16,6 +16,8 @@ from sae.studies.l0_search import choose_l0
 from sae.training.target_l0 import TargetL0, most_l0
 from train import main
 
+pytestmark = pytest.mark.shapes_unchecked
+
 
 @pytest.fixture
 def config(tmp_path, write_config):

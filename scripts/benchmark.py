@@ -28,6 +28,7 @@ from sae.activations import Source
 from sae.benchmarks.baselines import baseline_figures
 from sae.benchmarks.cache import harvest_figures, read_figures, training_figures
 from sae.benchmarks.cases import CPU_CASES, GPU_CASES, parse
+from sae.benchmarks.fits import fit_figures
 from sae.benchmarks.measure import growth, of_case, of_kinds
 from sae.benchmarks.nmf import nmf_figures
 from sae.benchmarks.steps import missing_compiler
@@ -37,7 +38,7 @@ from sae.exits import exit_on_input_error
 from sae.ops.heap import keep_freed_memory
 
 PARTS = ("steps", "kinds", "growth", "baselines", "training", "harvest", "read")
-LONG = ("nmf",)  # a quarter of an hour, nearly all of it scikit-learn's
+LONG = ("nmf", "fits")  # many minutes, nearly all of them scikit-learn's
 
 
 def main() -> None:
@@ -71,6 +72,9 @@ def main() -> None:
     if "nmf" in arguments.only:
         found["nmf"] = nmf_figures(arguments.nmf_rows, arguments.nmf_worlds)
         print_figures("whole fits of NMF", found["nmf"])
+    if "fits" in arguments.only:
+        found["fits"] = fit_figures(arguments.fit_rows)
+        print_figures("whole fits of baselines", found["fits"])
     with tempfile.TemporaryDirectory(prefix="sae-benchmark-") as folder:
         found["cache"] = _cache(arguments, cases, Path(folder))
     print_figures("cache", found["cache"])
@@ -120,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bytes", type=int, default=600_000_000, help="of the rows that are read")
     parser.add_argument("--nmf-rows", type=int, default=100_000, help="of 256, for fits of 128 components")
     parser.add_argument("--nmf-worlds", type=int, default=1, help="planted draws that NMF is fitted to")
+    parser.add_argument("--fit-rows", type=int, default=20_000, help="that each baseline is fitted to")
     parser.add_argument("--device", default="cpu", help="of steps and of the language model")
     parser.add_argument("--json", help="also write the figures there")
     return parser

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -99,6 +99,7 @@ class BaselineCallback(lightning.Callback):
     def state_dict(self) -> dict[str, Any]:
         """The fit and its scores, so that a resumed run need not fit again."""
         return {
+            "baseline": self.name,
             "settings": self._settings,
             "fits": {
                 l0: {
@@ -120,9 +121,7 @@ class BaselineCallback(lightning.Callback):
         if not state_dict.get("fits") or state_dict["settings"] != self._settings:
             return
         for l0, saved in state_dict["fits"].items():
-            baseline = cast(Baseline, Dictionary.kinds[saved["kind"]](**saved["config"]))
-            baseline.load_state_dict(saved["state"])
-            self._fits[l0] = _Fit(baseline, saved["fit_s"], saved["stability"])
+            self._fits[l0] = _Fit(_restored(saved), saved["fit_s"], saved["stability"])
         self._curve = state_dict["curve"]
         self._scores = {k: ReconstructionScores(**scores) for k, scores in state_dict["scores"].items()}
         self._logged_at = state_dict["logged_at"]
@@ -145,7 +144,7 @@ class BaselineCallback(lightning.Callback):
     def _fit_for(self, k: int) -> _Fit:
         if not self._fits:
             raise InputError(f"the {self.name} baseline is fitted when training starts; it has not started.")
-        return self._fits[min(self._fits, key=lambda l0: abs((l0 or k) - k))]
+        return self._fits[nearest_l0(self._fits, k)]
 
     def k_for(self, name: str) -> int:
         """Coefficients per row at the last scoring: the L0 of the dictionary of that name."""
@@ -254,6 +253,25 @@ class BaselineCallback(lightning.Callback):
         if folder is not None and group.rank == 0:
             keep(baseline, folder, about, seconds)
         return baseline, seconds
+
+
+def fitted_baselines(checkpoint: Mapping[str, Any]) -> dict[str, dict[int | None, Baseline]]:
+    """Those in a run's checkpoint by name, and by the L0 learned for: None where learning knows none."""
+    states = [state for state in checkpoint["callbacks"].values() if "baseline" in state]
+    return {
+        state["baseline"]: {l0: _restored(saved) for l0, saved in state["fits"].items()} for state in states
+    }
+
+
+def nearest_l0(learned_for: Iterable[int | None], k: int) -> int | None:
+    """Of several the one nearest to k; None, where learning knows none, is as near as can be."""
+    return min(learned_for, key=lambda l0: abs((l0 or k) - k))
+
+
+def _restored(saved: Mapping[str, Any]) -> Baseline:
+    baseline = cast(Baseline, Dictionary.kinds[saved["kind"]](**saved["config"]))
+    baseline.load_state_dict(saved["state"])
+    return baseline
 
 
 def check_names(callbacks: Iterable[object]) -> None:

@@ -206,12 +206,20 @@ class SparseAutoencoder(Dictionary):
     # --- constraints
 
     @torch.no_grad()
-    def remove_parallel_gradient(self) -> None:
-        """Takes from each row of W_dec.grad its part along the row, which unit norm would undo."""
+    def remove_parallel_gradient(self) -> Float[Tensor, ""]:
+        """Takes from each row of W_dec.grad its part along the row, which unit norm would undo.
+
+        Returns:
+            The sum of these parts: the derivative of the loss by the log of a factor common to all latents.
+        """
+        taken = self.W_dec.new_zeros(())
         if self.W_dec.grad is not None:
             # Some rows at a time: what lies between stays in a processor's cache.
             for gradient, rows in zip(self.W_dec.grad.split(_SOME), self.W_dec.split(_SOME), strict=True):
-                gradient.addcmul_(torch.linalg.vecdot(gradient, rows)[:, None], rows, value=-1)
+                along = torch.linalg.vecdot(gradient, rows)
+                gradient.addcmul_(along[:, None], rows, value=-1)
+                taken += along.sum()
+        return taken
 
     @torch.no_grad()
     def constrain(self) -> None:

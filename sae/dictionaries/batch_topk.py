@@ -95,6 +95,12 @@ class BatchTopK(LinearEncoder):
         """Their pre-activations less the threshold."""
         return super().dead_pre_acts(code, dead) - self.fires_above.to(code.inputs.dtype)
 
+    @torch.no_grad()
+    def resize_latents(self, factor: Float[Tensor, ""]) -> None:
+        """And the threshold."""
+        super().resize_latents(factor)
+        self.threshold.mul_(factor)
+
     def hear(self, news: Mapping[str, Tensor]) -> None:
         """Moves the threshold towards the smallest value that fired; stays where nothing did.
 

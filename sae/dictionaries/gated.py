@@ -83,6 +83,12 @@ class Gated(Penalised):
         return gates._replace(values=self._magnitudes(gates))
 
     @torch.no_grad()
+    def resize_latents(self, factor: Float[Tensor, ""]) -> None:
+        """Of the magnitudes; gates are open or not."""
+        self.r_mag.add_(factor.log())
+        self.b_mag.mul_(factor)
+
+    @torch.no_grad()
     def set_latents(self, ids: Int[Tensor, " some"], directions: Float[Tensor, "some d_model"]) -> None:
         """As all do, with magnitudes that are the gate's."""
         super().set_latents(ids, directions)

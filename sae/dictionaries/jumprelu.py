@@ -134,6 +134,12 @@ class JumpReLU(Penalised):
         return super().dead_pre_acts(code, dead) - self.threshold[dead]
 
     @torch.no_grad()
+    def resize_latents(self, factor: Float[Tensor, ""]) -> None:
+        """And their thresholds."""
+        super().resize_latents(factor)
+        self.threshold.mul_(factor)
+
+    @torch.no_grad()
     def set_latents(self, ids: Int[Tensor, " some"], directions: Float[Tensor, "some d_model"]) -> None:
         """As all do, with the median threshold."""
         super().set_latents(ids, directions)

@@ -54,6 +54,12 @@ class LinearEncoder(SparseAutoencoder):
         self.whitening = whitening = (axes / variances.sqrt() @ axes.T).to(self.W_dec)
         self.W_enc_rows.copy_(F.normalize(self.W_dec @ whitening, dim=1))
 
+    @torch.no_grad()
+    def resize_latents(self, factor: Float[Tensor, ""]) -> None:
+        """Multiplies all latents by a positive factor: the same ones fire."""
+        self.W_enc_rows.mul_(factor)
+        self.b_enc.mul_(factor)
+
     def encoder_input(self, u: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
         """v: what W_enc multiplies."""
         return u if self.whitening is None else u @ self.whitening

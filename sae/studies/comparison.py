@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae.baselines import Baseline
+from sae.callbacks.baselines import fitted_baselines, nearest_l0
+from sae.checkpoints import newest_whole, read_checkpoint
 from sae.dictionaries import Dictionary, Refined, load_dictionary
 from sae.errors import InputError
 from sae.inspection.method_titles import method_title
@@ -49,8 +52,9 @@ class Row(NamedTuple):
 def compare(runs: Mapping[Path, dict[str, Any]]) -> list[Row]:
     """The rows of runs that differ by their seed alone, by L0 and FVU.
 
-    A baseline that several dictionaries share at one L0 is one row. Stability of what was trained is the
-    share of latents that another run's dictionary has too (`sae.ops.stability`); baselines bring their own.
+    A baseline that several dictionaries share at one L0 is one row. Stability is the share of directions that
+    another run's dictionary or baseline has too (`sae.ops.stability`); a baseline with several starts of its
+    own in each run brings that instead.
 
     Args:
         runs: what metrics.json holds, by run folder.
@@ -160,16 +164,36 @@ def frontier_points(rows: Iterable[Row], x: str = "l0") -> dict[str, list[tuple[
 def _add_stability(
     rows: dict[tuple[str, int], Row], folders: list[Path], several: list[dict[str, dict[str, Any]]]
 ) -> None:
-    """Of each dictionary and seed, the mean over the other seeds."""
+    """Of each dictionary, baseline and seed, the mean over the other seeds."""
     if len(folders) < 2:
         return
     for name in several[0]:
         inside = "dictionary" if name == SINGLE else f"dictionaries/{name}"
         directions = [load_dictionary(folder / inside).directions for folder in folders]
-        for i, (mine, found) in enumerate(zip(directions, several, strict=True)):
-            others = [share_found_again(mine, d) for j, d in enumerate(directions) if j != i]
+        for shares, found in zip(_found_again(directions), several, strict=True):
             row = rows["SAE" if name == SINGLE else name, round(found[name]["l0"])]
-            row.scores.setdefault("stability", []).append(mean(others))
+            row.scores.setdefault("stability", []).append(shares)
+    fits = [_baselines_of(folder) for folder in folders]
+    for name in set.intersection(*(set(of) for of in fits)):
+        title = method_title(name)
+        for row in [row for (method, _), row in rows.items() if method == title and not row.trained]:
+            if "stability" not in row.scores:
+                directions = [of[name][nearest_l0(of[name], row.l0)].directions for of in fits]
+                row.scores["stability"] = _found_again(directions)
+
+
+def _baselines_of(folder: Path) -> dict[str, dict[int | None, Baseline]]:
+    """Those of a run, none where it has no checkpoint any more."""
+    checkpoint = newest_whole(folder / "checkpoints")
+    return {} if checkpoint is None else fitted_baselines(read_checkpoint(checkpoint))
+
+
+def _found_again(directions: list[Tensor]) -> list[float]:
+    """The share of each that the others have, in the mean over these."""
+    return [
+        mean(share_found_again(mine, other) for j, other in enumerate(directions) if j != i)
+        for i, mine in enumerate(directions)
+    ]
 
 
 def _cell(values: list[float] | None, form: str) -> str:

@@ -21,6 +21,7 @@ Control = Literal["decoder", "soft_decoder", "encoder"]
 AskedControls = Control | dict[str, Control] | None
 LEAST_COSINE = 0.8
 """How near to where it began a direction stays under `soft_decoder`."""
+_FACTOR_RATE, _FACTOR_STEP = 0.05, 0.1
 _SOME = 2048  # directions at a time, so that what lies between stays in a cache
 
 
@@ -30,8 +31,9 @@ class Controls:
 
     decoder: the directions never move; the encoder and all biases learn.
     soft_decoder: the directions learn, within a cosine of 0.8 to where they began.
-    encoder: its weights, biases and thresholds never move; the directions and b_dec learn. Where L0 is set
-        by a target, thresholds are set for it once, on the data, before the first step.
+    encoder: which latents fire, and in which proportions, never changes; the directions, b_dec and one
+        factor common to all latents learn (`common_factor`). Where L0 is set by a target, thresholds are set
+        for it once, on the data, before the first step.
 
     A number that such a dictionary reaches as well is none that the training as a whole has earned.
 
@@ -109,6 +111,20 @@ def freeze(dictionary: SparseAutoencoder, control: Control | None) -> None:
         for name, parameter in dictionary.named_parameters():
             if name not in ("W_dec", "b_dec"):
                 parameter.requires_grad_(False)
+
+
+def common_factor(derivative: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """What to multiply the latents of a frozen encoder by after a step, all by the same.
+
+    A frozen encoder cannot say how large its latents must be for directions of unit length: sixteen random
+    ones that overlap sum to nearly twice a row. Where the rest of the training is free to find their size,
+    the control must be too, or it is worse than the claim that it stands for.
+
+    Args:
+        derivative: of the loss by the log of the factor, the loss being 1 for a reconstruction by the mean.
+            A step along it needs no memory: the loss's curvature there is about 2.
+    """
+    return (-_FACTOR_RATE * derivative).nan_to_num().clamp(-_FACTOR_STEP, _FACTOR_STEP).exp()
 
 
 class NearStart(nn.Module):

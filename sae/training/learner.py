@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae.dictionaries import SparseAutoencoder
+from sae.dictionaries.linear_encoder import LinearEncoder
 from sae.dictionaries.penalised import Penalised
 from sae.ops.group import ALONE, Group
 from sae.training.averaging import WeightAverages
-from sae.training.controls import Control, NearStart, freeze
+from sae.training.controls import Control, NearStart, common_factor, freeze
 from sae.training.dead_latents import DeadLatents, count_firings
 from sae.training.losses import auxk_loss, pre_activation_loss
 from sae.training.recipe import Recipe
@@ -56,6 +57,7 @@ class Learner(nn.Module):
         self.dictionary, self.recipe = dictionary, recipe
         freeze(dictionary, control)
         self.near_start = NearStart(dictionary.W_dec) if control == "soft_decoder" else None
+        self._resizes = control == "encoder"
         self.ways = recipe.ways_for(dictionary)
         n_latents = dictionary.n_latents
         self.dead_latents = DeadLatents(n_latents, recipe.dead_after_tokens or 1)
@@ -146,7 +148,9 @@ class Learner(nn.Module):
         self.energy.copy_(torch.where(sound, arrived["energy"].squeeze() / share, self.energy))
         self._news = {name: arrived[name].squeeze() / share for name in self.dictionary.news}
         self._news["fired"] = arrived["fired"].sum() / arrived["rows"].squeeze()
-        self.dictionary.remove_parallel_gradient()
+        along = self.dictionary.remove_parallel_gradient()
+        if self._resizes:
+            self._news["along"] = along
         return flags
 
     @torch.no_grad()
@@ -174,7 +178,10 @@ class Learner(nn.Module):
         news, self._news = self._news, {}
         if broken is not None:  # without a wait for the device
             news = {name: torch.where(broken > 0, torch.nan, value) for name, value in news.items()}
-        l0 = news.pop("fired", None)
+        l0, along = news.pop("fired", None), news.pop("along", None)
+        if along is not None:
+            assert isinstance(self.dictionary, LinearEncoder)  # `Controls` has seen to it
+            self.dictionary.resize_latents(common_factor(along))
         if self.sparsity is not None and l0 is not None:
             self.sparsity.update(l0, self.dictionary.l0_factor)
         if news:

@@ -41,6 +41,7 @@ NAMES = {
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* stopped after passes"),  # so few rows need not converge
     pytest.mark.slow,
+    pytest.mark.shapes_unchecked,
 ]
 
 
@@ -101,6 +102,9 @@ def test_the_table_has_every_method_once_an_l0(runs):
     trained = [row for row in rows if row.trained]
     assert {row.method for row in trained} == {"sae_2", "sae_4"}
     assert all(len(row.scores["fvu"]) == 2 and len(row.scores["stability"]) == 2 for row in trained)
+    again = {row.method: row.scores["stability"] for row in rows if row.l0 == 4}
+    assert all(len(shares) == 2 and 0 <= min(shares) <= max(shares) <= 1 for shares in again.values())
+    assert again["PCA"] == again["natural basis"] == [1, 1] and max(again["random directions"]) < 0.5
     text = table(rows)
     assert text.count("\n") == len(rows) + 1 and "**sae_4**" in text and "NMF shift" in text
     assert {2.0, 4.0} == {x for x, _ in frontier_points(rows)["sae"]}

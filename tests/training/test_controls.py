@@ -86,6 +86,13 @@ def _moved(dictionary, began):
     return {key for key, value in began.items() if not torch.equal(value, now[key])}
 
 
+def _one_factor(now, began):
+    """Of one factor between what is and what was, and what it is."""
+    factor = (now * began).sum() / began.square().sum()
+    torch.testing.assert_close(now, factor * began, rtol=1e-5, atol=1e-7)
+    return factor
+
+
 # --- what moves
 
 
@@ -103,10 +110,12 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(cache, tmp_path, m
     everything = {"W_dec", "b_dec", "W_enc_rows", "b_enc"}
     assert moved("sae") == moved("soft") == everything
     assert moved("frozen") == everything - {"W_dec"}
-    assert moved("blind") == {"W_dec", "b_dec"}
+    assert moved("blind") == {"W_dec", "b_dec", "W_enc_rows"}  # b_enc is zero
     assert torch.equal(start.weights["blind"]["W_dec"], start.weights["blind"]["W_enc_rows"])
+    _one_factor(module.dictionaries["blind"].W_enc_rows, start.weights["blind"]["W_enc_rows"])
     with module.averaged():
-        assert moved("frozen") == everything - {"W_dec"} and moved("blind") == {"W_dec", "b_dec"}
+        assert moved("frozen") == everything - {"W_dec"}
+        _one_factor(module.dictionaries["blind"].W_enc_rows, start.weights["blind"]["W_enc_rows"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,21 +126,53 @@ def test_every_kind_learns_what_its_control_leaves(kind, control):
     make = partial(Dictionary.kinds[kind], **KINDS[kind])
     learner, began, _ = _stepped(make, control, steps=8)
     everything = set(began)
-    kept = {"decoder": {"W_dec"}, "soft_decoder": set(), "encoder": everything - {"W_dec", "b_dec"}}[control]
+    if control == "encoder":
+        assert {"W_dec", "b_dec"} <= _moved(learner.dictionary, began)
+        return
+    kept = {"decoder": {"W_dec"}, "soft_decoder": set()}[control]
     assert _moved(learner.dictionary, began) == everything - kept
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "MatchingPursuit"])
+def test_latents_of_another_size_are_the_same_ones(kind):
+    dictionary = partial(Dictionary.kinds[kind], **KINDS[kind])(16)
+    u = torch.randn(200, 16)
+    if dictionary.begins_with_rows:
+        dictionary.begin(u)
+    with torch.no_grad():
+        for name, parameter in dictionary.named_parameters():
+            if name not in ("W_dec", "threshold"):
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    before = dictionary.encode_normalised(u).to_dense(dictionary.n_latents)
+    dictionary.resize_latents(torch.tensor(1.7))
+    after = dictionary.encode_normalised(u).to_dense(dictionary.n_latents)
+    assert before.count_nonzero() > 100
+    torch.testing.assert_close(after, 1.7 * before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_encoder_finds_the_size_that_least_squares_has():
+    learner, began, _ = _stepped(partial(TopK, n_latents=96, k=12), "encoder", steps=300, lr=1e-2)
+    dictionary = learner.dictionary
+    assert 0.2 < _one_factor(dictionary.W_enc_rows, began["W_enc_rows"]) < 0.8
+    torch.manual_seed(0)
+    u = dictionary.normalise(torch.randn(3000, 16) @ torch.randn(16, 16))  # those that it was trained on
+    part = dictionary.decode_normalised(dictionary.encode_normalised(u)) - dictionary.b_dec
+    best = ((u - dictionary.b_dec) * part).sum() / part.square().sum()
+    assert best.item() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", [JumpReLU, Gated, ReLU])
 def test_thresholds_are_frozen_with_the_encoder_at_the_target(kind):
     learner, began, l0 = _stepped(partial(kind, n_latents=96, target_l0=3.0), "encoder")
-    assert _moved(learner.dictionary, began) == {"W_dec", "b_dec"}
+    factor = {"ReLU": "W_enc_rows", "JumpReLU": "W_enc_rows", "Gated": "r_mag"}[kind.__name__]
+    assert {"W_dec", "b_dec", factor} <= _moved(learner.dictionary, began)
     assert learner.sparsity is None and learner.ways == ()
     assert l0 == pytest.approx(3.0, rel=0.02)
 
 
 def test_the_threshold_in_use_of_batchtopk_still_follows_its_batches():
     learner, began, l0 = _stepped(partial(BatchTopK, n_latents=96, k=2.5), "encoder")
-    assert _moved(learner.dictionary, began) == {"W_dec", "b_dec"}
+    assert _moved(learner.dictionary, began) == {"W_dec", "b_dec", "W_enc_rows"}
     assert learner.dictionary.threshold > 0 and l0 == pytest.approx(2.5, rel=0.1)
 
 

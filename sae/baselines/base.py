@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,9 @@ class Baseline(Dictionary):
     baseline and one from an autoencoder with l0 = k can be compared. What a fit finds lies in
     buffers: `state_dict` holds all of it.
     """
+
+    revision: ClassVar[int] = 1
+    """Of how it fits: raised when the same rows and settings come out otherwise, ending older kept fits."""
 
     mean: Tensor
     fitted: Tensor

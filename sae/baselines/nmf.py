@@ -56,6 +56,8 @@ class NMF(Baseline):
         Those of the treatments and of the solvers stand there.
     """
 
+    revision = 2  # splits and merges
+
     components: Tensor
     floor: Tensor
     mean_code: Tensor

@@ -237,6 +237,7 @@ class BaselineCallback(lightning.Callback):
         about = {
             "kind": type(baseline).__name__,
             "config": baseline.config,
+            "revision": baseline.revision,
             "rows": self._max_rows,
             "hookpoint": data.hookpoint,
             "cache": hashlib.sha256(json.dumps(data.cache.manifest["shards"]).encode()).hexdigest(),

@@ -1,5 +1,6 @@
 """Baselines stand at the autoencoder's own L0, on the same rows, about the same mean."""
 
+from pathlib import Path
 from unittest.mock import Mock
 
 import lightning
@@ -8,6 +9,7 @@ import torch
 
 from sae.activations import ActivationDataModule
 from sae.activations.exchange.imported import import_rows
+from sae.baselines import NMF
 from sae.callbacks import DictionaryLearningBaseline, NMFBaseline, PCABaseline
 from sae.callbacks.baselines import Wanted, _score
 from sae.dictionaries import ReLU, TopK
@@ -46,6 +48,18 @@ def test_pca_keeps_the_k_largest_coefficients_of_each_row(data, held_out, k):
     assert scores.l0 == k
     reference = _fvu(held_out, kept @ baseline.directions.double() + mean)
     assert scores.fvu == pytest.approx(reference, rel=1e-4, abs=1e-9)
+
+
+def test_a_kept_fit_is_used_until_its_kind_fits_otherwise(data, monkeypatch):
+    def fitted():
+        return NMFBaseline()._fit(data, Wanted(D, D), torch.device("cpu"))
+
+    _, seconds = fitted()
+    assert fitted()[1] == round(seconds, 2)
+    monkeypatch.setattr(NMF, "revision", NMF.revision + 1)
+    (kept,) = (Path(data.cache.location) / "baselines").iterdir()
+    fitted()
+    assert len(list(kept.parent.iterdir())) == 2
 
 
 def test_more_coefficients_never_hurt_a_baseline(data):

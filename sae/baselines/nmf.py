@@ -138,19 +138,13 @@ class NMF(Baseline):
         def sweep() -> Iterator[Tensor]:
             return self._nonnegative_rows(batches, size)
 
-        reached = learn_until_settled(learner, sweep, pass_rows, passes=self.passes, tolerance=self.tolerance)
-        warn_if_unsettled(reached, self.tolerance, "NMF")
-        if isinstance(learner, OnlineLearner):
-            learner = leave_local_minima(
-                learner,
-                reached.objective,
-                head,
-                sweep,
-                pass_rows,
-                passes=self.passes - reached.passes,
-                tolerance=self.tolerance,
-                group=group,
+        passes, tolerance = self.passes, self.tolerance
+        reached = learn_until_settled(learner, sweep, pass_rows, passes=passes, tolerance=tolerance)
+        if reached.settled and isinstance(learner, OnlineLearner):
+            learner, reached = leave_local_minima(
+                learner, reached, head, sweep, pass_rows, passes=passes, tolerance=tolerance, group=group
             )
+        warn_if_unsettled(reached, self.tolerance, "NMF")
         self.components.copy_(F.normalize(learner.components, dim=1))
         if not self._treatment.about_mean:
             self.mean_code.copy_(self._codes(self._nonnegative(self.mean[None]))[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae.baselines.nmf_solvers import OnlineLearner
-from sae.baselines.sweeps import ROUNDING, learn_until_settled
+from sae.baselines.sweeps import ROUNDING, Reached, learn_until_settled
 from sae.ops.group import Group
 from sae.ops.nonnegative import nonnegative_codes
 
@@ -28,7 +28,7 @@ _POWER_STEPS = 10
 
 def leave_local_minima(
     learner: OnlineLearner,
-    objective: float,
+    reached: Reached,
     rows: Float[Tensor, "rows width"],
     sweep: Callable[[], Iterator[Tensor]],
     pass_rows: int,
@@ -36,63 +36,82 @@ def leave_local_minima(
     passes: int,
     tolerance: float,
     group: Group,
-) -> OnlineLearner:
+) -> tuple[OnlineLearner, Reached]:
     """Splits and merges until nothing promises more, or what was tried last is no better.
 
-    Every trial learns until it settles, and is kept if its objective is lower by more than `tolerance` of
-    itself; so the result is never worse than what was given.
+    Every trial learns until it settles or the passes end, and is kept if it lowers the objective by more than
+    `tolerance` of itself for each of its passes: more than they could have without it.
 
     Args:
-        learner: Settled, at `objective`; not changed.
-        objective: Share of the rows' energy that it leaves.
+        learner: Settled; not changed.
+        reached: Where it is.
         rows: Some of the rows, that splits and merges are judged on.
         sweep: Begins one full pass over the mini-batches.
         pass_rows: Rows in it.
-        passes: The most passes over all trials.
+        passes: The most passes, those that `learner` has had among them.
         tolerance: Of the objective, as in the fit.
         group: Ranks that learn together, each with all of `rows`.
+
+    Returns:
+        The learner of the last trial kept, or the given one, and where it is after how many passes of all.
 
     References:
         "SMEM Algorithm for Mixture Models", Ueda, Nakano, Ghahramani & Hinton, 2000: to split one and merge
         two at once, and to keep it only if it is better. The two measures are ours.
     """
-    while passes > 0 and objective >= ROUNDING:
-        components = split_and_merged(learner.components, rows)
-        group.of_first_(components)  # other machines may round otherwise
-        if torch.equal(components, learner.components):
+    taken = reached.passes
+    while taken < passes and reached.objective >= ROUNDING:
+        components = _agreed(split_and_merged(learner.components, rows), learner.components, group)
+        if components is None:
             break
         trial = learner.restarted(components, rows)
-        reached = learn_until_settled(trial, sweep, pass_rows, passes=passes, tolerance=tolerance)
-        if not reached.objective < objective * (1 - tolerance):
+        found = learn_until_settled(trial, sweep, pass_rows, passes=passes - taken, tolerance=tolerance)
+        taken += found.passes
+        if not found.objective < reached.objective * (1 - tolerance * found.passes):
             break
-        learner, objective, passes = trial, reached.objective, passes - reached.passes
-    return learner
+        learner, reached = trial, found
+    return learner, reached._replace(passes=taken)
+
+
+def _agreed(proposed: Tensor | None, components: Tensor, group: Group) -> Tensor | None:
+    """What the first rank proposes: other machines may round otherwise, and all must do the same."""
+    is_any = torch.tensor(float(proposed is not None))
+    group.of_first_(is_any)
+    if not is_any:
+        return None
+    agreed = components.clone() if proposed is None else proposed
+    group.of_first_(agreed)
+    return agreed
 
 
 def split_and_merged(
     components: Float[Tensor, "n width"], rows: Float[Tensor, "rows width"]
-) -> Float[Tensor, "n width"]:
+) -> Float[Tensor, "n width"] | None:
     """Copy in which the pair that costs least is one component and the one that gains most is two.
 
-    Equal to `components` where that promises too little to be tried.
+    None where that promises too little to be tried.
     """
-    components = components.clone()
     if len(components) < 3:
-        return components
+        return None
     gram = components @ components.T
     codes = nonnegative_codes(gram, rows @ components.T, steps=100, tolerance=1e-4)
     codes_codes = codes.T @ codes
     costs = merge_costs(codes_codes, gram)
-    first, second = divmod(int(costs.argmin()), len(components))
+    kept, freed = divmod(int(costs.argmin()), len(components))
+    use = codes_codes.diagonal()
+    if use[kept] < use[freed]:
+        kept, freed = freed, kept
     gains, steps = split_gains(rows - codes @ components, codes)
-    gains[[first, second]] = 0
+    gains[[freed] if use[freed] == 0 else [kept, freed]] = 0
     split = int(gains.argmax())
-    if not gains[split] > _WORTH_A_TRIAL * costs[first, second]:
-        return components
-    pair = [first, second]
-    components[first] = merged(codes_codes[pair][:, pair], components[pair])
-    halves = torch.stack([components[split] + steps[split], components[split] - steps[split]])
-    components[[second, split]] = halves.clamp(min=0)
+    cost = costs[kept, freed].clamp(min=ROUNDING * rows.square().sum())
+    if not gains[split] > _WORTH_A_TRIAL * cost:
+        return None
+    components, pair = components.clone(), [kept, freed]
+    components[kept] = merged(codes_codes[pair][:, pair], components[pair])
+    halves = torch.stack([components[split] + steps[split], components[split] - steps[split]]).clamp(min=0)
+    whole = halves.amax(dim=1, keepdim=True) > 0
+    components[[freed, split]] = torch.where(whole, halves, components[split])
     return components
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.ranks import run_ranks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ from sae.baselines.nmf_solvers import OnlineLearner
 from sae.baselines.split_merge import leave_local_minima, merge_costs, merged, split_and_merged, split_gains
 from sae.baselines.sweeps import Reached, learn_until_settled
 from sae.benchmarks.nmf import planted_rows
-from sae.ops.group import ALONE
+from sae.ops.group import ALONE, Group
 from sae.ops.moments import StreamingMoments
 
 _ROWS = 4000
@@ -96,8 +97,18 @@ def test_nothing_is_tried_where_every_part_is_found() -> None:
     parts = _parts()
     rows = _codes(6) @ parts
     rows += 0.1 * rows.std() * torch.randn(rows.shape)
-    assert torch.equal(split_and_merged(parts, rows.clamp(min=0)), parts)
-    assert torch.equal(split_and_merged(parts[:2], rows), parts[:2])
+    assert split_and_merged(parts, rows.clamp(min=0)) is None
+    assert split_and_merged(parts[:2], rows) is None
+
+
+def test_a_component_that_nothing_uses_becomes_a_half_whichever_it_is() -> None:
+    parts = _parts()
+    rows = _codes(6) @ parts
+    for place in (0, 3):
+        of_two = torch.cat([parts[:1] + parts[1:2], parts[2:]])
+        components = torch.cat([of_two[:place], torch.zeros(1, 24), of_two[place:]])
+        after = split_and_merged(components, rows)
+        assert after is not None and _found(parts, after).min() > 0.95
 
 
 @pytest.mark.slow
@@ -109,7 +120,7 @@ def test_the_parts_that_nmf_misses_are_found(world: int, monkeypatch: pytest.Mon
     moments.add(rows)
     fits = []
 
-    def kept(learner: OnlineLearner, *args: object, **kwargs: object) -> OnlineLearner:
+    def kept(learner: OnlineLearner, *args: object, **kwargs: object) -> tuple[OnlineLearner, Reached]:
         fits.append(learner)
         return leave_local_minima(learner, *args, **kwargs)
 
@@ -117,6 +128,21 @@ def test_the_parts_that_nmf_misses_are_found(world: int, monkeypatch: pytest.Mon
     nmf = NMF(256, 128, signs="none", seed=1).fit([rows], moments.moments())
     assert _found(parts, fits[0].components).min() < 0.95
     assert _found(parts, nmf.components).min() > 0.95
+
+
+def _left(
+    learner: OnlineLearner, reached: Reached, rows: Tensor, passes: int = 200
+) -> tuple[OnlineLearner, Reached]:
+    return leave_local_minima(
+        learner,
+        reached,
+        rows,
+        lambda: iter(rows.split(512)),
+        len(rows),
+        passes=passes,
+        tolerance=3e-4,
+        group=ALONE,
+    )
 
 
 def test_a_trial_that_does_not_help_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,31 +156,60 @@ def test_a_trial_that_does_not_help_leaves_all_as_it_was(monkeypatch: pytest.Mon
         return torch.rand(components.shape) * torch.eye(6, 24)
 
     monkeypatch.setattr(split_merge, "split_and_merged", useless)
-    kept = leave_local_minima(
-        learner,
-        reached.objective,
-        rows,
-        lambda: iter(rows.split(512)),
-        len(rows),
-        passes=50,
-        tolerance=3e-4,
-        group=ALONE,
-    )
+    kept, where = _left(learner, reached, rows)
     assert kept is learner and torch.equal(kept.components, before) and trials == [1]
+    assert where.settled and where.objective == reached.objective and where.passes > reached.passes
 
 
-def test_nmf_takes_no_more_passes_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = _parts()
-    rows, passes = _codes(6) @ parts + torch.rand(_ROWS, 24), []
+def test_what_learning_on_brings_is_no_merit_of_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.rand(3000, 32) * (torch.rand(3000, 32) < 0.3)
+    learner, reached = _settled(torch.rand(32, 32), rows)
+    monkeypatch.setattr(split_merge, "split_and_merged", lambda components, rows: components * (1 + 1e-6))
+    assert _left(learner, reached, rows)[0] is learner
+
+
+def test_a_trial_has_the_passes_that_are_left_and_says_if_they_end_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = _parts(12)
+    rows, passes = _codes(12) @ parts + 0.1 * torch.rand(_ROWS, 24), []
+    learner, reached = _settled(parts, rows)
     real = OnlineLearner.learn
 
     def counted(self: OnlineLearner, *args: object) -> float:
         passes.append(1)
-        return real(self, *args)
+        return real(self, *args) * (0.9 ** len(passes))  # never settles, always better
 
     monkeypatch.setattr(OnlineLearner, "learn", counted)
-    streaming = StreamingMoments()
-    streaming.add(rows)
-    with pytest.warns(UserWarning, match="stopped after passes=3"):
-        NMF(24, 6, passes=3, tolerance=0.0, signs="none").fit([rows], streaming.moments())
-    assert len(passes) == 3
+    monkeypatch.setattr(split_merge, "split_and_merged", lambda components, rows: components + 0.01)
+    kept, where = _left(learner, reached, rows, passes=reached.passes + 3)
+    assert len(passes) == 3 and where.passes == reached.passes + 3
+    assert kept is not learner and not where.settled
+
+
+def test_ranks_that_round_otherwise_do_what_the_first_does() -> None:
+    assert run_ranks(2, _on_ranks) == [None, None]
+
+
+def _on_ranks() -> None:
+    torch.distributed.init_process_group("gloo")
+    group = Group.of_training(torch.device("cpu"))
+    torch.manual_seed(0)
+    parts = _parts()
+    rows = _codes(6) @ parts
+    for start in (parts, _stuck(parts)):  # nothing to try, and something
+        learner = OnlineLearner(start * (1 + 2e-7 * group.rank), group, code_steps=30)
+        kept, reached = leave_local_minima(
+            learner,
+            Reached(0.5, 0.0, 1, settled=True),
+            rows,
+            lambda: iter(rows.split(512)),
+            len(rows),
+            passes=8,
+            tolerance=3e-4,
+            group=group,
+        )
+        everyone = kept.components.clone()
+        torch.distributed.broadcast(everyone, src=0)
+        torch.testing.assert_close(everyone, kept.components)
+        assert (kept is learner) == (start is parts), reached

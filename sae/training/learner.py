@@ -150,7 +150,7 @@ class Learner(nn.Module):
         self._news["fired"] = arrived["fired"].sum() / arrived["rows"].squeeze()
         along = self.dictionary.remove_parallel_gradient()
         if self._resizes:
-            self._news["along"] = along
+            self._news["along"] = along / share
         return flags
 
     @torch.no_grad()
@@ -179,13 +179,13 @@ class Learner(nn.Module):
         if broken is not None:  # without a wait for the device
             news = {name: torch.where(broken > 0, torch.nan, value) for name, value in news.items()}
         l0, along = news.pop("fired", None), news.pop("along", None)
-        if along is not None:
-            assert isinstance(self.dictionary, LinearEncoder)  # `Controls` has seen to it
-            self.dictionary.resize_latents(common_factor(along))
         if self.sparsity is not None and l0 is not None:
             self.sparsity.update(l0, self.dictionary.l0_factor)
         if news:
             self.dictionary.hear(news)
+        if along is not None:
+            assert isinstance(self.dictionary, LinearEncoder)  # `Controls` has seen to it
+            self.dictionary.resize_latents(common_factor(along))
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it the dictionary has the weights that are scored and saved."""

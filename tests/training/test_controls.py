@@ -86,6 +86,24 @@ def _moved(dictionary, began):
     return {key for key, value in began.items() if not torch.equal(value, now[key])}
 
 
+def _one_size(dictionary, began):
+    """Of a frozen encoder all that says how large latents are has changed by one factor, and nothing else."""
+    now = dict(dictionary.named_parameters())
+    if isinstance(dictionary, Gated):
+        shift = (now["r_mag"] - began["r_mag"])[0]
+        torch.testing.assert_close(now["r_mag"], began["r_mag"] + shift)
+        torch.testing.assert_close(now["b_mag"], began["b_mag"] * shift.exp())
+        assert torch.equal(now["W_enc_rows"], began["W_enc_rows"]) and torch.equal(
+            now["b_enc"], began["b_enc"]
+        )
+        assert shift != 0
+        return
+    factor = _one_factor(now["W_enc_rows"], began["W_enc_rows"])
+    assert factor != 1
+    for name in set(now) - {"W_dec", "b_dec"}:
+        torch.testing.assert_close(now[name], factor * began[name], rtol=1e-4, atol=1e-6)
+
+
 def _one_factor(now, began):
     """Of one factor between what is and what was, and what it is."""
     factor = (now * began).sum() / began.square().sum()
@@ -128,26 +146,37 @@ def test_every_kind_learns_what_its_control_leaves(kind, control):
     everything = set(began)
     if control == "encoder":
         assert {"W_dec", "b_dec"} <= _moved(learner.dictionary, began)
+        _one_size(learner.dictionary, began)
         return
     kept = {"decoder": {"W_dec"}, "soft_decoder": set()}[control]
     assert _moved(learner.dictionary, began) == everything - kept
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "MatchingPursuit"])
-def test_latents_of_another_size_are_the_same_ones(kind):
+@pytest.mark.parametrize("whitened", [False, True])
+def test_latents_of_another_size_are_the_same_ones_saved_too(kind, whitened):
     dictionary = partial(Dictionary.kinds[kind], **KINDS[kind])(16)
-    u = torch.randn(200, 16)
+    x = torch.randn(200, 16) @ torch.randn(16, 16) + 1.0
+    dictionary.set_input_statistics(x.mean(0), float((x - x.mean(0)).square().sum(1).mean()))
+    if whitened:
+        dictionary.set_whitening(x.T.cov())
     if dictionary.begins_with_rows:
-        dictionary.begin(u)
+        dictionary.begin(dictionary.normalise(x))
+    if isinstance(dictionary, BatchTopK):
+        code = dictionary.training_code(dictionary.normalise(x))
+        dictionary.hear({name: value.detach() for name, value in code.news.items()})
+        assert dictionary.threshold > 0.01
     with torch.no_grad():
         for name, parameter in dictionary.named_parameters():
             if name not in ("W_dec", "threshold"):
                 parameter.add_(0.01 * torch.randn_like(parameter))
-    before = dictionary.encode_normalised(u).to_dense(dictionary.n_latents)
+    before = dictionary.encode(x)
     dictionary.resize_latents(torch.tensor(1.7))
-    after = dictionary.encode_normalised(u).to_dense(dictionary.n_latents)
+    again = type(dictionary)(**dictionary.config)
+    again.load_saved_tensors(dictionary.saved_tensors())
     assert before.count_nonzero() > 100
-    torch.testing.assert_close(after, 1.7 * before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dictionary.encode(x), 1.7 * before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(again.encode(x), 1.7 * before, rtol=1e-3, atol=1e-4)
 
 
 def test_a_frozen_encoder_finds_the_size_that_least_squares_has():
@@ -164,8 +193,8 @@ def test_a_frozen_encoder_finds_the_size_that_least_squares_has():
 @pytest.mark.parametrize("kind", [JumpReLU, Gated, ReLU])
 def test_thresholds_are_frozen_with_the_encoder_at_the_target(kind):
     learner, began, l0 = _stepped(partial(kind, n_latents=96, target_l0=3.0), "encoder")
-    factor = {"ReLU": "W_enc_rows", "JumpReLU": "W_enc_rows", "Gated": "r_mag"}[kind.__name__]
-    assert {"W_dec", "b_dec", factor} <= _moved(learner.dictionary, began)
+    assert {"W_dec", "b_dec"} <= _moved(learner.dictionary, began)
+    _one_size(learner.dictionary, began)
     assert learner.sparsity is None and learner.ways == ()
     assert l0 == pytest.approx(3.0, rel=0.02)
 

@@ -177,14 +177,12 @@ def test_another_configuration_in_the_same_folder_is_refused_and_loses_nothing(f
     assert torch.equal(before["W_dec"], _weights(finished.folder)["W_dec"])
 
 
-def test_fresh_with_bad_input_keeps_the_run_that_is_there(finished):
-    before = _weights(finished.folder)
+def test_fresh_with_bad_input_keeps_the_run_that_is_there(config, tmp_path):
+    main(["--config", str(config), *_NO_REPORT])
+    before = _weights(tmp_path)
     with pytest.raises(InputError, match="'resid.9' is not in the cache"):
-        main(["--config", str(finished.config), "--fresh", "--data.hookpoint=resid.9"])
-    assert (
-        torch.equal(before["W_dec"], _weights(finished.folder)["W_dec"])
-        and _metrics(finished.folder)["finished"]
-    )
+        main(["--config", str(config), "--fresh", "--data.hookpoint=resid.9"])
+    assert torch.equal(before["W_dec"], _weights(tmp_path)["W_dec"]) and _metrics(tmp_path)["finished"]
 
 
 def test_fresh_leaves_a_folder_that_holds_no_run_alone(config, tmp_path):

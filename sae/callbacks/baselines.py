@@ -104,6 +104,7 @@ class BaselineCallback(lightning.Callback):
             "fits": {
                 l0: {
                     "kind": type(fit.baseline).__name__,
+                    "revision": fit.baseline.revision,
                     "config": fit.baseline.config,
                     "state": fit.baseline.state_dict(),
                     "fit_s": fit.fit_s,
@@ -120,7 +121,12 @@ class BaselineCallback(lightning.Callback):
         """Takes them, unless the baseline has been described anew since."""
         if not state_dict.get("fits") or state_dict["settings"] != self._settings:
             return
-        for l0, saved in state_dict["fits"].items():
+        fits = state_dict["fits"]
+        if any(
+            saved.get("revision", 1) != Dictionary.kinds[saved["kind"]].revision for saved in fits.values()
+        ):
+            return  # it would be fitted otherwise now
+        for l0, saved in fits.items():
             self._fits[l0] = _Fit(_restored(saved), saved["fit_s"], saved["stability"])
         self._curve = state_dict["curve"]
         self._scores = {k: ReconstructionScores(**scores) for k, scores in state_dict["scores"].items()}

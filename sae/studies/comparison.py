@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sae.baselines import Baseline
 from sae.callbacks.baselines import fitted_baselines, nearest_l0
-from sae.checkpoints import newest_whole, read_checkpoint
+from sae.checkpoints import LAST, read_checkpoint
 from sae.dictionaries import Dictionary, Refined, load_dictionary
 from sae.errors import InputError
 from sae.inspection.method_titles import method_title
@@ -177,15 +178,18 @@ def _add_stability(
     for name in set.intersection(*(set(of) for of in fits)):
         title = method_title(name)
         for row in [row for (method, _), row in rows.items() if method == title and not row.trained]:
-            if "stability" not in row.scores:
+            if "stability" not in row.scores and len(row.scores["fvu"]) == len(folders):
                 directions = [of[name][nearest_l0(of[name], row.l0)].directions for of in fits]
                 row.scores["stability"] = _found_again(directions)
 
 
 def _baselines_of(folder: Path) -> dict[str, dict[int | None, Baseline]]:
-    """Those of a run, none where it has no checkpoint any more."""
-    checkpoint = newest_whole(folder / "checkpoints")
-    return {} if checkpoint is None else fitted_baselines(read_checkpoint(checkpoint))
+    """Those of a run; none, and a word of it, where its last checkpoint cannot be read."""
+    try:
+        return fitted_baselines(read_checkpoint(folder / "checkpoints" / LAST))
+    except InputError as error:  # no reason to lose the rest
+        print(f"What seeds find again of the baselines is not told: {error}", file=sys.stderr)
+        return {}
 
 
 def _found_again(directions: list[Tensor]) -> list[float]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sae.benchmarks import fits
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 
 
@@ -48,12 +50,22 @@ def test_nmf_ends_where_scikit_learn_does(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* stopped after passes", "ignore::sklearn.exceptions.ConvergenceWarning")
+def test_no_fit_leaves_more_than_scikit_learns_in_mini_batches():
+    figures = fits.fit_figures(1024)
+    left = {name: figure for name, figure in figures.items() if "left" in name}
+    assert len(figures) == 10 and len(left) == 5 and min(figures.values()) > 0
+    assert max(left.values()) < 1.02, figures
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "environment", "said"),
     [
         (["--device", "cuda"], {"CUDA_VISIBLE_DEVICES": ""}, "torch sees no GPU here"),
         (["--case", "1,2"], {}, "must be d_model,n_latents,k,rows"),
         (["--only", "nmf", "--nmf-worlds", "0"], {}, "`--nmf-worlds` must be at least 1, got 0"),
+        (["--only", "fits", "--fit-rows", "10"], {}, "`--fit-rows` must be at least 1024, got 10"),
         (["--only", "steps"], {"CXX": "no-such-compiler"}, "the compiler that CXX names, no-such-compiler"),
         (["--only", "steps"], {"PATH": ""}, r"a C++ compiler such as g++, and there is none; install it, or"),
     ],

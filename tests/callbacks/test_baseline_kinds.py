@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import yaml
@@ -132,6 +133,14 @@ def test_the_table_needs_no_cache_but_says_what_it_misses_without(runs, capsys, 
     printed = capsys.readouterr()
     assert "No dictionary was coded by a search: the cache of this run is gone." in printed.err
     assert "sae_4" in printed.out and "searched" not in printed.out.replace("coded by a search", "")
+
+
+def test_the_table_needs_no_checkpoint_but_says_what_it_misses_without(runs, tmp_path, capsys):
+    copies = [shutil.copytree(run, tmp_path / run.name) for run in runs]
+    (copies[0] / "checkpoints" / "last.ckpt").write_bytes(b"torn")
+    rows = compare({run: finished_metrics(run) for run in copies})
+    assert "What seeds find again of the baselines is not told: " in capsys.readouterr().err
+    assert {row.method for row in rows if "stability" in row.scores} == {"sae_2", "sae_4", "NMF stack"}
 
 
 def test_the_script_counts_sets_of_what_both_seeds_found(runs, capsys):

@@ -11,7 +11,7 @@ from sae.activations import ActivationDataModule
 from sae.activations.exchange.imported import import_rows
 from sae.baselines import NMF
 from sae.callbacks import DictionaryLearningBaseline, NMFBaseline, PCABaseline
-from sae.callbacks.baselines import Wanted, _score
+from sae.callbacks.baselines import Wanted, _score, fitted_baselines
 from sae.dictionaries import ReLU, TopK
 from sae.errors import InputError
 from sae.training import SparseAutoencoderModule
@@ -60,6 +60,18 @@ def test_a_kept_fit_is_used_until_its_kind_fits_otherwise(data, monkeypatch):
     (kept,) = (Path(data.cache.location) / "baselines").iterdir()
     fitted()
     assert len(list(kept.parent.iterdir())) == 2
+
+
+def test_a_checkpoint_of_another_revision_is_fitted_anew(data, monkeypatch):
+    old, new, same = (NMFBaseline(n_components=D, curve=[], keep=False) for _ in range(3))
+    _begun(old, data, TopK(D, 16, 2))
+    state = old.state_dict()
+    same.load_state_dict(state)
+    monkeypatch.setattr(NMF, "revision", NMF.revision + 1)
+    new.load_state_dict(state)
+    assert same.baseline_for(2).fitted and fitted_baselines({"callbacks": {"any": state}})["nmf"][None].fitted
+    with pytest.raises(InputError, match="fitted when training starts"):
+        new.baseline_for(2)
 
 
 def test_more_coefficients_never_hurt_a_baseline(data):

@@ -60,6 +60,7 @@ def write_run(folder, cache, kind="TopK", baselines=True, model=None, **trainer)
     values = {
         "seed_everything": 0,
         "checkpoint_every": 7,
+        "report": False,  # laws are of what training leaves
         "data": {"cache": str(cache), "batch_size": 120},
         "model": {
             "dictionary": {"class_path": kind, "init_args": KINDS[kind]},

@@ -24,6 +24,8 @@ _WORTH_A_TRIAL = 0.5
 # A row uses a component whose code is above this share of the component's largest one.
 _IN_USE = 0.1
 _POWER_STEPS = 10
+# Passes that a trial has to settle in; where it finds a part that was missed it takes three or four.
+_TRIAL_PASSES = 5
 
 
 def leave_local_minima(
@@ -39,7 +41,7 @@ def leave_local_minima(
 ) -> tuple[OnlineLearner, Reached]:
     """Splits and merges until nothing promises more, or what was tried last is no better.
 
-    Every trial learns until it settles or the passes end, and is kept if it lowers the objective by more than
+    A trial has five passes to settle, and is kept if it then has lowered the objective by more than
     `tolerance` of itself for each of its passes: more than they could have without it.
 
     Args:
@@ -65,9 +67,10 @@ def leave_local_minima(
         if components is None:
             break
         trial = learner.restarted(components, rows)
-        found = learn_until_settled(trial, sweep, pass_rows, passes=passes - taken, tolerance=tolerance)
+        most = min(_TRIAL_PASSES, passes - taken)
+        found = learn_until_settled(trial, sweep, pass_rows, passes=most, tolerance=tolerance)
         taken += found.passes
-        if not found.objective < reached.objective * (1 - tolerance * found.passes):
+        if not (found.settled and found.objective < reached.objective * (1 - tolerance * found.passes)):
             break
         learner, reached = trial, found
     return learner, reached._replace(passes=taken)

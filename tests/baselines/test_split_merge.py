@@ -184,7 +184,10 @@ def test_a_trial_has_the_passes_that_are_left_and_says_if_they_end_it(
     monkeypatch.setattr(split_merge, "split_and_merged", lambda components, rows: components + 0.01)
     kept, where = _left(learner, reached, rows, passes=reached.passes + 3)
     assert len(passes) == 3 and where.passes == reached.passes + 3
-    assert kept is not learner and not where.settled
+    assert kept is learner and where.settled
+    passes.clear()
+    _left(learner, reached, rows)
+    assert len(passes) == 5  # and no more, where all would be allowed
 
 
 def test_ranks_that_round_otherwise_do_what_the_first_does() -> None:

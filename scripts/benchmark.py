@@ -4,6 +4,7 @@
     python scripts/benchmark.py --case 512,8192,32,2048 --only steps kinds --json steps.json
     python scripts/benchmark.py --device cuda
     python scripts/benchmark.py --only nmf --nmf-rows 100_000 --nmf-worlds 3
+    python scripts/benchmark.py --only fits
     python scripts/benchmark.py --only harvest --model FOLDER --hookpoint resid.8 --device cuda
 
 Steps: ours, with kernels and without, a dense one by autograd, the same under torch.compile, the encoder
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bytes", type=int, default=600_000_000, help="of the rows that are read")
     parser.add_argument("--nmf-rows", type=int, default=100_000, help="of 256, for fits of 128 components")
     parser.add_argument("--nmf-worlds", type=int, default=1, help="planted draws that NMF is fitted to")
-    parser.add_argument("--fit-rows", type=int, default=20_000, help="that each baseline is fitted to")
+    parser.add_argument("--fit-rows", type=int, default=10_000, help="that each baseline is fitted to")
     parser.add_argument("--device", default="cpu", help="of steps and of the language model")
     parser.add_argument("--json", help="also write the figures there")
     return parser

@@ -55,8 +55,11 @@ FAMILIES = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Skips long tests that would begin after SAE_TESTS_UNTIL, in seconds since 1970: CI has its limit."""
-    # Before any fixture: those of a module are made in the set-up of its first test.
+    """Says whether calls are checked, and skips long tests that would begin after SAE_TESTS_UNTIL.
+
+    That is in seconds since 1970: CI has its limit. All this before any fixture, as those of a module are
+    made in the set-up of its first test.
+    """
     jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("shapes_unchecked") is not None)
     until = os.environ.get("SAE_TESTS_UNTIL")
     long = item.get_closest_marker("slow") or item.get_closest_marker("recipe")

@@ -47,9 +47,9 @@ class NMF(Baseline):
     `solver` says how components are learned: "online" after every mini-batch, from sums ZᵀZ and ZᵀX that
     slowly forget, and when settled by splits and merges of components, as long as they help; "hals" and
     "mu" after every full pass, from the sums of exact codes, so that no pass raises the objective. Memory
-    does not grow with the rows, and the result does not depend on how `batches`
-    cuts them. With more components than rows or dimensions the factors are not unique: those beyond the
-    rank start as rows drawn at random, and some may equal each other or stay unused.
+    does not grow with the rows, and the result does not depend on how `batches` cuts them. With more
+    components than rows or dimensions the factors are not unique: those beyond the rank start as rows
+    drawn at random, and some may equal each other or stay unused.
 
     References:
         "Learning the parts of objects by non-negative matrix factorization", Lee & Seung, 1999.

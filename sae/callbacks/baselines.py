@@ -121,13 +121,11 @@ class BaselineCallback(lightning.Callback):
         """Takes them, unless the baseline has been described anew since."""
         if not state_dict.get("fits") or state_dict["settings"] != self._settings:
             return
-        fits = state_dict["fits"]
-        if any(
-            saved.get("revision", 1) != Dictionary.kinds[saved["kind"]].revision for saved in fits.values()
-        ):
+        fits = {l0: (_restored(saved), saved) for l0, saved in state_dict["fits"].items()}
+        if any(saved.get("revision", 1) != baseline.revision for baseline, saved in fits.values()):
             return  # it would be fitted otherwise now
-        for l0, saved in fits.items():
-            self._fits[l0] = _Fit(_restored(saved), saved["fit_s"], saved["stability"])
+        for l0, (baseline, saved) in fits.items():
+            self._fits[l0] = _Fit(baseline, saved["fit_s"], saved["stability"])
         self._curve = state_dict["curve"]
         self._scores = {k: ReconstructionScores(**scores) for k, scores in state_dict["scores"].items()}
         self._logged_at = state_dict["logged_at"]

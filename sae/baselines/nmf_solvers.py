@@ -21,8 +21,8 @@ from sae.ops.nonnegative import nonnegative_codes
 _MIN_ROWS, _MAX_ROWS = 512, 1024
 SWEEP_ROWS = 2048
 # The statistics remember 1/20 of the rows seen, at most one pass: short while components move, long in
-# the end, to average noise away. A fit ends no sooner than they cover one pass or 32,768 rows.
-_MEMORY_SHARE, _LONG_MEMORY = 20, 32_768
+# the end, to average noise away. A fit ends no sooner than they cover one pass or 16,384 rows.
+_MEMORY_SHARE, _LONG_MEMORY = 20, 16_384
 # Steps of the two least-squares problems of an update: far from exact, and cheaper for the same
 # objective. Codes take more where rows are not about the mean: their components overlap.
 _CODE_STEPS, _OVERLAPPING_CODE_STEPS, _COMPONENT_STEPS = 10, 30, 10

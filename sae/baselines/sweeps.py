@@ -78,6 +78,7 @@ def learn_until_settled(
     *,
     passes: int,
     tolerance: float,
+    first_below: float = torch.inf,
 ) -> Reached:
     """Passes until one lowers the objective by less than `tolerance` of itself, at most `passes`.
 
@@ -87,6 +88,7 @@ def learn_until_settled(
         pass_rows: Rows in it.
         passes: The most passes, at least 1.
         tolerance: Relative fall of the objective over one pass at which it has settled.
+        first_below: What the first pass's objective must be below; else there is no second.
     """
     before, fall = torch.inf, 1.0
     for taken in range(1, passes + 1):
@@ -94,6 +96,8 @@ def learn_until_settled(
         fall, before = 1 - now / before, now
         if now < ROUNDING or (learner.settled(pass_rows) and fall < tolerance):
             return Reached(now, fall, taken, settled=True)
+        if taken == 1 and not now < first_below:
+            return Reached(now, fall, taken, settled=False)
     return Reached(before, fall, passes, settled=False)
 
 

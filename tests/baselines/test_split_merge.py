@@ -168,26 +168,26 @@ def test_what_learning_on_brings_is_no_merit_of_a_trial(monkeypatch: pytest.Monk
     assert _left(learner, reached, rows)[0] is learner
 
 
-def test_a_trial_has_the_passes_that_are_left_and_says_if_they_end_it(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [(0.9, 3), (1.0, 1), (1.1, 1)],  # better after one pass: all that are left; equal or worse: no other
+)
+def test_a_trial_has_all_passes_that_are_left_if_the_first_helps(
+    first: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = _parts(12)
     rows, passes = _codes(12) @ parts + 0.1 * torch.rand(_ROWS, 24), []
     learner, reached = _settled(parts, rows)
-    real = OnlineLearner.learn
 
     def counted(self: OnlineLearner, *args: object) -> float:
         passes.append(1)
-        return real(self, *args) * (0.9 ** len(passes))  # never settles, always better
+        return reached.objective * first * 0.9 ** (len(passes) - 1)  # never settles
 
     monkeypatch.setattr(OnlineLearner, "learn", counted)
     monkeypatch.setattr(split_merge, "split_and_merged", lambda components, rows: components + 0.01)
     kept, where = _left(learner, reached, rows, passes=reached.passes + 3)
-    assert len(passes) == 3 and where.passes == reached.passes + 3
+    assert len(passes) == expected and where.passes == reached.passes + expected
     assert kept is learner and where.settled
-    passes.clear()
-    _left(learner, reached, rows)
-    assert len(passes) == 5  # and no more, where all would be allowed
 
 
 def test_ranks_that_round_otherwise_do_what_the_first_does() -> None:

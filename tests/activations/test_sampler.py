@@ -23,6 +23,7 @@ def _rows(sampler, step, rank=0, world=1):
 _SHARDS = st.lists(st.integers(1, 30), min_size=1, max_size=9)
 
 
+@pytest.mark.shapes_unchecked
 @settings(max_examples=60, deadline=None)
 @given(shards=_SHARDS, batch_size=st.integers(1, 40), rounds=st.integers(1, 12), mixed=st.integers(1, 4))
 def test_every_row_comes_once_per_pass(shards, batch_size, rounds, mixed):
@@ -77,6 +78,7 @@ def test_a_window_names_the_shards_that_a_step_reads(monkeypatch):
         assert {part.shard for part in sampler.batch(step)} <= allowed
 
 
+@pytest.mark.shapes_unchecked
 @settings(max_examples=40, deadline=None)
 @given(shards=_SHARDS, batch_size=st.integers(1, 30), steps=st.integers(1, 5), mixed=st.integers(1, 3))
 def test_steps_read_from_no_more_windows_than_said(shards, batch_size, steps, mixed):

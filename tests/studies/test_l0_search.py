@@ -184,6 +184,7 @@ def test_too_narrow_a_dictionary_is_refused():
         choose_l0(probe(8, 4), torch.randn(200, 8))
 
 
+@pytest.mark.shapes_unchecked
 def test_short_runs_learn():
     world = PlantedWorld(24, 12, active=2, max_cosine=0.6)
     x = world.sample(4000).x

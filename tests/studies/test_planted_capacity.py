@@ -75,6 +75,7 @@ def test_recovered_counts_planted_directions_once_and_either_way_round():
     assert recovered(planted, torch.cat([near, near, -5 * planted[1:2]])) == 2
 
 
+@pytest.mark.shapes_unchecked
 @pytest.mark.parametrize("name", LEARNERS)
 def test_learners_find_planted_directions_again(name, monkeypatch):
     monkeypatch.setattr(planted_capacity, "_STEPS", 600)

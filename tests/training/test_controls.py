@@ -114,6 +114,7 @@ def _one_factor(now, began):
 # --- what moves
 
 
+@pytest.mark.shapes_unchecked
 @pytest.mark.parametrize(
     "model", [{"ema_decay": 0.9}, pytest.param({"row_sparse_adam": True}, marks=pytest.mark.slow)]
 )
@@ -179,6 +180,7 @@ def test_latents_of_another_size_are_the_same_ones_saved_too(kind, whitened):
     torch.testing.assert_close(again.encode(x), 1.7 * before, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.shapes_unchecked
 def test_a_frozen_encoder_finds_the_size_that_least_squares_has():
     learner, began, _ = _stepped(partial(TopK, n_latents=96, k=12), "encoder", steps=300, lr=1e-2)
     dictionary = learner.dictionary
@@ -262,6 +264,7 @@ def test_clipping_does_not_count_what_is_frozen():
 # --- laws
 
 
+@pytest.mark.shapes_unchecked
 def test_each_becomes_beside_others_what_it_would_be_alone(cache, tmp_path):
     makes = dict.fromkeys(("sae", *CONTROLS), TOPK)
     several, trainer = _trained(cache, tmp_path, dictionaries=makes, controls=CONTROLS)
@@ -278,6 +281,7 @@ def test_each_becomes_beside_others_what_it_would_be_alone(cache, tmp_path):
         assert several.held_out.scores[name] == alone.scores
 
 
+@pytest.mark.shapes_unchecked
 def test_an_interrupted_run_goes_on_to_the_same_weights(cache, tmp_path):
     """Soft ones too: where they began is in the checkpoint, and not made anew."""
     settings = {"dictionaries": dict.fromkeys(CONTROLS, TOPK), "controls": CONTROLS, "lr": 0.05}

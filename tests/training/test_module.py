@@ -65,6 +65,7 @@ def test_planted_dictionary_is_recovered(tmp_path):
     assert found >= 0.97 and at_random < 0.5
 
 
+@pytest.mark.shapes_unchecked
 def test_loss_falls_and_directions_stay_unit_rows(world_cache, tmp_path):
     module, trainer = _fit(world_cache, tmp_path, 150, module=SparseAutoencoderModule(_topk(32, 2), lr=3e-3))
     trainer.test(module, datamodule=trainer.datamodule, verbose=False)
@@ -72,6 +73,7 @@ def test_loss_falls_and_directions_stay_unit_rows(world_cache, tmp_path):
     torch.testing.assert_close(module.dictionary.directions.norm(dim=1), torch.ones(32), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.shapes_unchecked
 def test_interrupted_and_resumed_run_ends_with_the_same_weights(world_cache, tmp_path):
     unbroken, _ = _fit(world_cache, tmp_path, 60)
     checkpoint = tmp_path / "middle.ckpt"

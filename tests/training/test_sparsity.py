@@ -13,6 +13,7 @@ PLANTS = {
 }
 
 
+@pytest.mark.shapes_unchecked
 @pytest.mark.parametrize("plant", PLANTS)
 @pytest.mark.parametrize("target", [2.0, 12.0])
 @pytest.mark.parametrize("lag", [0.0, 0.9])

@@ -144,7 +144,7 @@ def _figures(run: Run, reading: Reading | None, metrics: dict[str, Any]) -> list
         ]
     kurtosis = natural_kurtosis(metrics)
     if kurtosis is not None:
-        caption = "Tails of the coordinates: above a random rotation's, training has singled some out."
+        caption = "Tails of the coordinates: above those of random rotations, training has singled some out."
         figures.append((caption, kurtosis))
     curves = training_curves(run.folder, run.name)
     if curves is not None:

@@ -18,6 +18,8 @@ from sae.ops.sparse import SparseLatents
 
 KURTOSIS_AT = tuple(i / 20 for i in range(21))
 """Shares of the coordinates, by rising kurtosis, at which it is told: from the least to the most."""
+ROTATIONS = 4
+"""Random ones that the coordinates are held against: 4 d_model coordinates from nowhere in particular."""
 _ROWS = 4096
 # A standard deviation below this share of a coordinate's mean is rounding: the coordinate does not vary.
 _CONSTANT = 1e-12
@@ -29,13 +31,15 @@ class NaturalBasis(Baseline):
     Nothing in the arithmetic of a residual stream but layer norm's mean and the optimiser's
     per-coordinate steps tells one orthonormal basis from another. Whether training has used that is seen in
     the tails: `kurtosis` holds the excess kurtosis of every coordinate (0 for a Gaussian, 0 also where a
-    coordinate never varies), `kurtosis_rotated` that of the d_model coordinates of the same rows under one
-    random rotation, the control. Both agree where no basis is singled out.
+    coordinate never varies), `kurtosis_rotated` that of the d_model coordinates of the same rows under each
+    of `ROTATIONS` random rotations, the control. Both agree where no basis is singled out.
 
     References:
         "Privileged Bases in the Transformer Residual Stream", Elhage, Lasenby & Olah, 2023 (kurtosis against
         rotations, and Adam as the cause).
     """
+
+    revision = 2  # several rotations
 
     kurtosis: Tensor
     kurtosis_rotated: Tensor
@@ -45,12 +49,12 @@ class NaturalBasis(Baseline):
 
         Args:
             d_model: Width of a row.
-            seed: Of the rotation.
+            seed: Of the rotations.
         """
         super().__init__(d_model, d_model)
         self.seed = seed
         self.register_buffer("kurtosis", torch.zeros(d_model))
-        self.register_buffer("kurtosis_rotated", torch.zeros(d_model))
+        self.register_buffer("kurtosis_rotated", torch.zeros(ROTATIONS, d_model))
 
     @property
     def inference(self) -> str:
@@ -74,20 +78,23 @@ class NaturalBasis(Baseline):
         self._start_fit(moments)
         device = self.mean.device
         mean = moments.mean.to(device)
-        rotation = random_rotation(self.d_model, self.seed).to(device)
-        sums = torch.zeros(2, 4, self.d_model, dtype=torch.float64, device=device)
+        bases = torch.stack(
+            [torch.eye(self.d_model, dtype=torch.float64), *random_rotations(self.d_model, self.seed)]
+        ).to(device)
+        sums = torch.zeros(len(bases), 4, self.d_model, dtype=torch.float64, device=device)
         n_rows = 0
         for rows in mini_batches(batches, _ROWS, self.mean):
             n_rows += len(rows)
             centred = group.share(rows).double() - mean
-            for side, seen in zip(sums, (centred, centred @ rotation), strict=True):
+            for basis, side in zip(bases, sums, strict=True):
+                seen = centred @ basis
                 square = seen.square()
                 powers = seen, square, square * seen, square * square
                 side += torch.stack([power.sum(0) for power in powers])
         group.sum_(sums)
-        kurtosis, kurtosis_rotated = excess_kurtosis(sums / n_rows, torch.stack([mean, mean @ rotation]))
-        self.kurtosis.copy_(kurtosis)
-        self.kurtosis_rotated.copy_(kurtosis_rotated)
+        kurtosis = excess_kurtosis(sums / n_rows, mean @ bases)
+        self.kurtosis.copy_(kurtosis[0])
+        self.kurtosis_rotated.copy_(kurtosis[1:])
         group.of_first_(self.kurtosis, self.kurtosis_rotated)  # other machines may round otherwise
         self.fitted.fill_(True)
         return self
@@ -122,16 +129,17 @@ class NaturalBasis(Baseline):
         self._load(tensors, mean="b_dec", kurtosis="kurtosis", kurtosis_rotated="kurtosis_rotated")
 
 
-def random_rotation(width: int, seed: int) -> Float64[Tensor, "width width"]:
-    """An orthogonal matrix, each as likely as any other.
+def random_rotations(width: int, seed: int) -> Float64[Tensor, "rotations width width"]:
+    """`ROTATIONS` orthogonal matrices, each as likely as any other.
 
     References:
         "How to generate random matrices from the classical compact groups", Mezzadri, 2007,
         arXiv:math-ph/0609050 (the signs that make QR uniform).
     """
     generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
+    drawn = torch.randn(ROTATIONS, width, width, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(drawn)
+    return q * r.diagonal(dim1=1, dim2=2).sign()[:, None]
 
 
 def excess_kurtosis(

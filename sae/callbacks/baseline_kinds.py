@@ -236,7 +236,7 @@ class NaturalBaseline(BaselineCallback):
     """The coordinates of the residual stream themselves; a row keeps its k largest.
 
     metrics.json has also `kurtosis`, how heavy the coordinates' tails are, and `kurtosis_rotated`, the same
-    under a random rotation (`sae.baselines.NaturalBasis`): both at the `KURTOSIS_AT` of the coordinates.
+    under random rotations (`sae.baselines.NaturalBasis`): both at the `KURTOSIS_AT` of the coordinates.
     """
 
     name = "natural"
@@ -255,7 +255,7 @@ class NaturalBaseline(BaselineCallback):
             fitted = self.baseline_for(self.k_for(name))
             at = torch.tensor(KURTOSIS_AT, dtype=torch.float64)
             for which in ("kurtosis", "kurtosis_rotated"):
-                values = getattr(fitted, which).double().cpu().quantile(at)
+                values = getattr(fitted, which).double().cpu().flatten().quantile(at)
                 found["baselines"][self.name][which] = values.tolist()
         return found
 

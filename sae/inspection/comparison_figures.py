@@ -118,7 +118,7 @@ def almost_orthogonal_sets(geometry: Mapping[str, Any]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def natural_kurtosis(metrics: Mapping[str, Any]) -> Figure | None:
-    """Excess kurtosis of the coordinates by rank, beside that of a random rotation's.
+    """Excess kurtosis of the coordinates by rank, beside those of random rotations.
 
     Args:
         metrics: what metrics.json holds of one dictionary; without the natural basis there is no figure.
@@ -130,7 +130,7 @@ def natural_kurtosis(metrics: Mapping[str, Any]) -> Figure | None:
     last = len(row["kurtosis"]) - 1  # at equal shares of the coordinates
     shares = [100 * i / last for i in range(last + 1)]
     for key, colour, label in (
-        ("kurtosis_rotated", "#7f7f7f", "under a random rotation"),
+        ("kurtosis_rotated", "#7f7f7f", "under random rotations"),
         ("kurtosis", "#d55e00", "coordinates as they are"),
     ):
         axes.plot(shares, row[key], "-o", color=colour, label=label, markersize=3.5)

@@ -8,7 +8,7 @@ from scipy.stats import kurtosis
 from torch import Tensor
 
 from sae.baselines import NaturalBasis
-from sae.baselines.natural import random_rotation
+from sae.baselines.natural import ROTATIONS, random_rotations
 from sae.errors import InputError
 from sae.ops.moments import Moments, StreamingMoments
 
@@ -50,7 +50,7 @@ def test_natural_heavy_tailed_coordinate_stands_out_from_rotations() -> None:
 
 
 def test_natural_of_rotated_rows_agrees_with_the_control() -> None:
-    x = _privileged(d=32) @ random_rotation(32, seed=5).float()
+    x = _privileged(d=32) @ random_rotations(32, seed=5)[0].float()
     natural = _fitted(x)
     here, rotated = natural.kurtosis, natural.kurtosis_rotated
     assert here.mean() == pytest.approx(rotated.mean().item(), abs=0.3)
@@ -61,8 +61,9 @@ def test_natural_kurtosis_is_that_of_scipy() -> None:
     x = _privileged(3000).double() * torch.logspace(-3, 3, 16).double() + 50
     natural = NaturalBasis(16).double().fit([x], _moments(x))
     torch.testing.assert_close(natural.kurtosis, torch.from_numpy(kurtosis(x.numpy())), rtol=1e-6, atol=1e-8)
-    turned = kurtosis((x @ random_rotation(16, 0)).numpy())
-    torch.testing.assert_close(natural.kurtosis_rotated, torch.from_numpy(turned), rtol=1e-6, atol=1e-8)
+    for found, rotation in zip(natural.kurtosis_rotated, random_rotations(16, 0), strict=True):
+        turned = torch.from_numpy(kurtosis((x @ rotation).numpy()))
+        torch.testing.assert_close(found, turned, rtol=1e-6, atol=1e-8)
 
 
 def test_natural_moments_of_more_rows_do_not_bend_the_kurtosis() -> None:
@@ -79,10 +80,11 @@ def test_natural_constant_coordinate_has_no_kurtosis() -> None:
     assert natural.kurtosis[4] == 0 and natural.kurtosis_rotated.isfinite().all()
 
 
-def test_natural_rotation_is_orthogonal_and_seeded() -> None:
-    rotation = random_rotation(20, 3)
-    torch.testing.assert_close(rotation @ rotation.T, torch.eye(20).double())
-    assert torch.equal(rotation, random_rotation(20, 3))
+def test_natural_rotations_are_orthogonal_seeded_and_several() -> None:
+    rotations = random_rotations(20, 3)
+    torch.testing.assert_close(rotations @ rotations.mT, torch.eye(20).double().expand(ROTATIONS, 20, 20))
+    assert torch.equal(rotations, random_rotations(20, 3))
+    assert (rotations[0] - rotations[1]).abs().max() > 0.1
     x = _privileged(500)
     one, other = _fitted(x), _fitted(x, seed=1)
     assert torch.equal(one.kurtosis, other.kurtosis)

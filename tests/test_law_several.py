@@ -182,7 +182,8 @@ def test_bad_names_are_errors(given, match):
 
 @pytest.mark.slow
 def test_a_run_of_several_leaves_all_of_it_for_each(cache, tmp_path, capsys):
-    main(["--config", _write_several(tmp_path, cache, SOME[:2], max_steps=20, callbacks=["PCABaseline"])])
+    config = _write_several(tmp_path, cache, SOME[:2], max_steps=20, callbacks=["PCABaseline"])
+    main(["--config", config, "--report=true"])
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} <= set(OUTPUTS)
     metrics = json.loads((run / "metrics.json").read_text())

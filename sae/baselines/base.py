@@ -83,9 +83,19 @@ class Baseline(Dictionary):
         self.mean.copy_(moments.mean)
 
     def _load(self, tensors: Mapping[str, Tensor], **names: str) -> None:
-        """Copies saved tensors into the buffers: buffer=saved name."""
+        """Copies saved tensors into the buffers: buffer=saved name.
+
+        Raises:
+            InputError: if one has another shape.
+        """
         for buffer, name in names.items():
-            self.get_buffer(buffer).copy_(tensors[name])
+            own, saved = self.get_buffer(buffer), tensors[name]
+            if saved.shape != own.shape:
+                raise InputError(
+                    f"`{name}` of a saved {type(self).__name__} must have shape {tuple(own.shape)}, got "
+                    f"{tuple(saved.shape)}; it is of another revision: fit it anew."
+                )
+            own.copy_(saved)
         self.fitted.fill_(True)
 
     def _require_fit(self) -> None:

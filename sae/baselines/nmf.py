@@ -56,7 +56,7 @@ class NMF(Baseline):
         Those of the treatments and of the solvers stand there.
     """
 
-    revision = 2  # splits and merges
+    revision = 3  # splits and merges, each kept or given up after one pass
 
     components: Tensor
     floor: Tensor

@@ -68,7 +68,8 @@ class Reached(NamedTuple):
     passes: int
     """How many were taken."""
     settled: bool
-    """Whether it fell by less than the tolerance, rather than the passes having run out."""
+    """Whether it fell by less than the tolerance, rather than the passes having run out or the first of them
+    having been no help."""
 
 
 def learn_until_settled(

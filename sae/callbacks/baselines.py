@@ -121,11 +121,10 @@ class BaselineCallback(lightning.Callback):
         """Takes them, unless the baseline has been described anew since."""
         if not state_dict.get("fits") or state_dict["settings"] != self._settings:
             return
-        fits = {l0: (_restored(saved), saved) for l0, saved in state_dict["fits"].items()}
-        if any(saved.get("revision", 1) != baseline.revision for baseline, saved in fits.values()):
+        if any(_revision(saved) != _kind(saved).revision for saved in state_dict["fits"].values()):
             return  # it would be fitted otherwise now
-        for l0, (baseline, saved) in fits.items():
-            self._fits[l0] = _Fit(baseline, saved["fit_s"], saved["stability"])
+        for l0, saved in state_dict["fits"].items():
+            self._fits[l0] = _Fit(_restored(saved), saved["fit_s"], saved["stability"])
         self._curve = state_dict["curve"]
         self._scores = {k: ReconstructionScores(**scores) for k, scores in state_dict["scores"].items()}
         self._logged_at = state_dict["logged_at"]
@@ -261,7 +260,11 @@ class BaselineCallback(lightning.Callback):
 
 
 def fitted_baselines(checkpoint: Mapping[str, Any]) -> dict[str, dict[int | None, Baseline]]:
-    """Those in a run's checkpoint by name, and by the L0 learned for: None where learning knows none."""
+    """Those in a run's checkpoint by name, and by the L0 learned for: None where learning knows none.
+
+    Raises:
+        InputError: if one is of an earlier revision of its kind that held other tensors.
+    """
     states = [state for state in checkpoint["callbacks"].values() if "baseline" in state]
     return {
         state["baseline"]: {l0: _restored(saved) for l0, saved in state["fits"].items()} for state in states
@@ -273,9 +276,23 @@ def nearest_l0(learned_for: Iterable[int | None], k: int) -> int | None:
     return min(learned_for, key=lambda l0: abs((l0 or k) - k))
 
 
+def _kind(saved: Mapping[str, Any]) -> type[Baseline]:
+    return cast(type[Baseline], Dictionary.kinds[saved["kind"]])
+
+
+def _revision(saved: Mapping[str, Any]) -> int:
+    return saved.get("revision", 1)
+
+
 def _restored(saved: Mapping[str, Any]) -> Baseline:
-    baseline = cast(Baseline, Dictionary.kinds[saved["kind"]](**saved["config"]))
-    baseline.load_state_dict(saved["state"])
+    baseline = _kind(saved)(**saved["config"])
+    try:
+        baseline.load_state_dict(saved["state"])
+    except RuntimeError as error:  # missing tensors, or of another shape
+        raise InputError(
+            f"the checkpoint's {saved['kind']} is of revision {_revision(saved)}, this package's of "
+            f"{baseline.revision}, which holds other tensors; run the same configuration with --fresh."
+        ) from error
     return baseline
 
 

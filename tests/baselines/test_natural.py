@@ -98,6 +98,8 @@ def test_natural_saves_both_kurtoses() -> None:
     assert torch.equal(again.kurtosis, natural.kurtosis)
     assert torch.equal(again.kurtosis_rotated, natural.kurtosis_rotated)
     tensors = natural.saved_tensors()
+    with pytest.raises(InputError, match=r"`kurtosis_rotated` .* shape \(4, 16\), got \(16,\)"):
+        again.load_saved_tensors(tensors | {"kurtosis_rotated": natural.kurtosis_rotated[0]})
     torch.testing.assert_close(x @ tensors["W_enc"] + tensors["b_enc"], natural.encode(x))
 
 

@@ -10,7 +10,7 @@ import torch
 from sae.activations import ActivationDataModule
 from sae.activations.exchange.imported import import_rows
 from sae.baselines import NMF
-from sae.callbacks import DictionaryLearningBaseline, NMFBaseline, PCABaseline
+from sae.callbacks import DictionaryLearningBaseline, NaturalBaseline, NMFBaseline, PCABaseline
 from sae.callbacks.baselines import Wanted, _score, fitted_baselines
 from sae.dictionaries import ReLU, TopK
 from sae.errors import InputError
@@ -72,6 +72,19 @@ def test_a_checkpoint_of_another_revision_is_fitted_anew(data, monkeypatch):
     assert same.baseline_for(2).fitted and fitted_baselines({"callbacks": {"any": state}})["nmf"][None].fitted
     with pytest.raises(InputError, match="fitted when training starts"):
         new.baseline_for(2)
+
+
+def test_a_checkpoint_with_the_tensors_of_another_revision_is_fitted_anew_or_said(data):
+    old, new = NaturalBaseline(), NaturalBaseline()
+    state = _begun(old, data, TopK(D, 16, 2)).state_dict()
+    (fit,) = state["fits"].values()
+    fit["state"]["kurtosis_rotated"] = fit["state"]["kurtosis_rotated"][0]
+    fit["revision"] = 1
+    new.load_state_dict(state)
+    with pytest.raises(InputError, match="fitted when training starts"):
+        new.baseline_for(2)
+    with pytest.raises(InputError, match="NaturalBasis is of revision 1, this package's of 2"):
+        fitted_baselines({"callbacks": {"any": state}})
 
 
 def test_more_coefficients_never_hurt_a_baseline(data):

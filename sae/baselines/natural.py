@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -78,21 +79,19 @@ class NaturalBasis(Baseline):
         self._start_fit(moments)
         device = self.mean.device
         mean = moments.mean.to(device)
-        bases = torch.stack(
-            [torch.eye(self.d_model, dtype=torch.float64), *random_rotations(self.d_model, self.seed)]
-        ).to(device)
-        sums = torch.zeros(len(bases), 4, self.d_model, dtype=torch.float64, device=device)
+        rotations = random_rotations(self.d_model, self.seed).to(device)
+        sums = torch.zeros(1 + ROTATIONS, 4, self.d_model, dtype=torch.float64, device=device)
         n_rows = 0
         for rows in mini_batches(batches, _ROWS, self.mean):
             n_rows += len(rows)
             centred = group.share(rows).double() - mean
-            for basis, side in zip(bases, sums, strict=True):
-                seen = centred @ basis
+            views = chain([centred], (centred @ rotation for rotation in rotations))
+            for side, seen in zip(sums, views, strict=True):
                 square = seen.square()
                 powers = seen, square, square * seen, square * square
                 side += torch.stack([power.sum(0) for power in powers])
         group.sum_(sums)
-        kurtosis = excess_kurtosis(sums / n_rows, mean @ bases)
+        kurtosis = excess_kurtosis(sums / n_rows, torch.cat([mean[None], mean @ rotations]))
         self.kurtosis.copy_(kurtosis[0])
         self.kurtosis_rotated.copy_(kurtosis[1:])
         group.of_first_(self.kurtosis, self.kurtosis_rotated)  # other machines may round otherwise

@@ -56,7 +56,7 @@ class NMF(Baseline):
         Those of the treatments and of the solvers stand there.
     """
 
-    revision = 3  # splits and merges, each kept or given up after one pass
+    revision = 3  # splits and merges, given up after a pass that is no better
 
     components: Tensor
     floor: Tensor
